@@ -1,0 +1,55 @@
+"""Luthier fine-tunes language models: model x method x objective x precision x place.
+
+The names below are imported when they are first used, so that `import luthier` and `luthier --help` cost nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["Batch", "Loss", "Policy", "Run", "__version__", "assemble", "load", "train"]
+
+if TYPE_CHECKING:
+    from .build import assemble
+    from .core import Batch, Loss
+    from .opening import load
+    from .policy import Policy
+    from .run import Run
+    from .session import execute as train
+
+_HOME = {
+    "Batch": ("core", "Batch"),
+    "Loss": ("core", "Loss"),
+    "Policy": ("policy", "Policy"),
+    "Run": ("run", "Run"),
+    "assemble": ("build", "assemble"),
+    "load": ("opening", "load"),
+    "train": ("session", "execute"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'luthier' has no attribute {name!r}; it has {', '.join(__all__)}")
+    from importlib import import_module
+
+    module, attribute = _HOME[name]
+    globals()[name] = found = getattr(import_module(f"{__name__}.{module}"), attribute)
+    return found
+
+
+class _Package(ModuleType):
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Importing train.py would put the module where the function `luthier.train` is; inside, write `from .train import ...`.
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

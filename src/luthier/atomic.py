@@ -1,0 +1,63 @@
+"""Writing files so that a crash leaves the old or the new, never half of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .errors import LuthierError
+
+
+@contextmanager
+def folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside ``path`` that takes its place when the block ends well, after everything in it is on disk."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in temporary.rglob("*"):
+            _sync(file)
+        _sync(temporary)
+        old = path.with_name(f".{path.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():
+            path.rename(old)
+        temporary.rename(path)
+        _sync(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as e:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise LuthierError(f"{path}: cannot be written: {e.strerror or e}; free space or choose another folder (out=FOLDER)") from e
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def text(path: Path, content: str) -> None:
+    """Write a text file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(content, encoding="utf-8")
+        _sync(temporary)
+        temporary.rename(path)
+    except OSError as e:
+        raise LuthierError(f"{path}: cannot be written: {e.strerror or e}") from e
+
+
+def as_json(path: Path, content: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

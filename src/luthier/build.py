@@ -1,0 +1,173 @@
+"""Load and assemble: the one place where the axes meet, in the one order that works, and the compatibility check.
+
+Choose the device; open the base in its precision; probe it; attach delta and heads; recompute policy; put. Nothing replaces a module after
+put. The same code with ``weights=False`` builds on the meta device, where counting costs nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as hf_logging
+
+from . import attention, probe
+from .anatomy import Anatomy
+from .core import Base, Incompatible, LuthierError, Method, Objective, Place, Precision
+from .hub import fingerprint, locate
+from .plugins import kind_of, plugin
+from .policy import Policy
+from .run import Model, Run
+from .site import restoring
+
+hf_logging.set_verbosity_error()
+hf_logging.disable_progress_bar()
+logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+
+
+def seed_everything(seed: int) -> None:
+    """One seed for all random numbers of this process; before anything is built."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def fast_precision(device: torch.device) -> tuple[str, str]:
+    """The float precision this machine computes fast, and why."""
+    if device.type == "cuda":
+        good = torch.cuda.is_bf16_supported(including_emulation=False)
+        return ("bfloat16", "this GPU has bf16 units") if good else ("float32", "this GPU has no bf16 units")
+    if device.type == "mps":
+        return "float32", "on MPS"
+    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    units = [k for k in ("amx_bf16", "avx512_bf16", "bf16") if able.get(k)]
+    return ("bfloat16", f"this CPU has {units[0]}") if units else ("float32", "this CPU has no bf16 units")
+
+
+def load_tokenizer(model: Model) -> Any:
+    """The tokenizer of a model. Raises LuthierError where there is none."""
+    folder = locate(model, weights=False)
+    if not _has_tokenizer(folder):
+        raise LuthierError(f"{folder}: no tokenizer here (tokenizer.json is looked for); copy the one the model was trained with into the folder")
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+    except Exception as e:
+        raise LuthierError(f"{folder}: the tokenizer cannot be opened: {_first_line(e)}") from e
+
+
+def load(model: Model | str, *, precision: Precision, device: torch.device | str = "cpu", weights: bool = True, trains_base: bool = False) -> Base:
+    """Open a pretrained model as a Base: frozen, probed, in evaluation mode.
+
+    ``weights=False``: on the meta device, from the configuration alone. ``trains_base``: keep the model's own dropout.
+    Raises LuthierError for what cannot be found or opened, Incompatible for what this program cannot train.
+    """
+    model = Model(id=model) if isinstance(model, str) else model
+    folder = locate(model, weights=weights and not model.random)
+    config = _config(folder, model, trains_base)
+    dtype = precision.dtype
+    try:
+        if not weights:
+            with torch.device("meta"):
+                lm = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code)
+        elif model.random:
+            lm = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code).to(dtype)
+        else:
+            lm = _open(folder, config, dtype, model)
+    except LuthierError:
+        raise
+    except Exception as e:
+        raise LuthierError(f"{folder}: this model cannot be opened: {_first_line(e)}") from e
+    tokenizer = load_tokenizer(model) if _has_tokenizer(folder) else None
+    base = adopt(lm.to(device) if weights else lm, tokenizer, source=model.id, revision=model.revision)
+    base.hash = fingerprint(folder, random=model.random)
+    return base
+
+
+def adopt(lm: Any, tokenizer: Any = None, *, source: str = "", revision: str | None = None) -> Base:
+    """A transformers model that is already in memory as a Base: frozen, its attention ours where the probe agrees."""
+    lm.requires_grad_(False).eval()
+    anatomy = Anatomy.of(lm)
+    config = lm.config.get_text_config()
+    positions = int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048)
+    base = Base(lm, tokenizer, anatomy, hash="", packs=True, source=source, revision=revision, max_positions=positions)
+    if next(lm.parameters()).device.type == "meta":
+        lm.config._attn_implementation = attention.NAME
+        return base
+    base.probes = probe.run(base)
+    base.packs = base.probes["packs"]
+    return base
+
+
+def assemble(run: Run, base: Base | None = None, *, name: str = "default") -> tuple[Policy, Objective]:
+    """Everything a run trains, ready for the loop. Raises Incompatible where two choices cannot go together."""
+    method: Method = run.method
+    objective: Objective = run.objective
+    place: Place = run.place
+    seed_everything(run.seed)
+    check(run)
+    if base is None:
+        base = load(run.model, precision=run.precision, device=place.device, trains_base=method.edits == "weights")
+    delta = method.attach(base, name)
+    policy = Policy(base, delta, method=method, name=name, heads=objective.heads(base))
+    if run.recompute == "blocks":
+        base.model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": restoring})
+    if base.model.device.type != "meta":
+        place.put(policy)
+    return policy, objective
+
+
+def check(run: Run) -> None:
+    """The composition law, and what this version's objectives do not yet serve."""
+    if run.precision.packed and run.method.edits == "weights":
+        raise Incompatible(
+            f"method {kind_of(run.method)} trains the base's own weights, and precision {kind_of(run.precision)} packs them into codes; "
+            "use a float precision, or a method that edits outputs (lora)"
+        )
+
+
+def resolve(run: Run) -> tuple[Run, list[str]]:
+    """Replace precision "auto" by this machine's fast one. Returns the notes to print."""
+    if run.precision != "auto":
+        return run, []
+    kind, why = fast_precision(run.place.device)
+    return replace(run, precision=plugin("precision", kind)()), [f"precision {kind}: {why}"]
+
+
+def _config(folder: Path, model: Model, trains_base: bool) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+    except Exception as e:
+        raise LuthierError(f"{folder / 'config.json'}: not a model configuration that transformers can read: {_first_line(e)}") from e
+    dropout = model.dropout if model.dropout is not None else (None if trains_base else 0.0)
+    if dropout is not None:
+        for part in {id(c): c for c in (config, config.get_text_config())}.values():
+            for key, value in part.to_dict().items():
+                if ("dropout" in key or key.endswith("pdrop")) and isinstance(value, int | float) and not isinstance(value, bool):
+                    setattr(part, key, dropout)
+    return config
+
+
+def _open(folder: Path, config: Any, dtype: torch.dtype, model: Model) -> Any:
+    lm, info = AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=model.trust_remote_code, local_files_only=True
+    )
+    if info["missing_keys"]:
+        odd = sorted(info["missing_keys"])
+        raise LuthierError(f"{folder}: {len(odd)} weights are missing from the files and would be random, for example {odd[0]!r}; the download may be incomplete")
+    if info["mismatched_keys"]:
+        raise LuthierError(f"{folder}: config.json and the weights disagree on shapes, for example {sorted(info['mismatched_keys'])[0]}")
+    return lm
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / f).exists() for f in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model"))
+
+
+def _first_line(e: Exception) -> str:
+    return (str(e).strip().splitlines() or [type(e).__name__])[0][:300]

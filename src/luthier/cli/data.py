@@ -1,0 +1,63 @@
+"""luthier data: look at training data as the model will see it, before anything is trained."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, help="Look at data before it is trained on.", context_settings={"help_option_names": ["-h", "--help"]}
+)
+
+
+@app.callback()
+def data() -> None:
+    """Look at data before it is trained on."""
+
+
+@app.command()
+def preview(
+    file: Annotated[str, typer.Argument(metavar="DATA", help="A file, a folder, or a Hub data set id.")],
+    settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings of a run, e.g. data.max_tokens=512.")] = None,
+    model: Annotated[str, typer.Option(help="Whose tokenizer and chat template are used.")] = "fiddle",
+    objective: Annotated[str, typer.Option(help="sft: learn responses; text: learn the text itself.")] = "sft",
+    rows: Annotated[int, typer.Option(min=0, help="So many rows are shown.")] = 3,
+) -> None:
+    """Which shape the data has, what is trained, what is cut and what is wrong with it."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from ..build import load_tokenizer
+    from ..config import load_run
+    from ..core import LuthierError
+    from ..data.prepare import prepare
+    from ..data.preview import show
+
+    for setting in settings or []:
+        if "=" not in setting:
+            raise LuthierError(f"{setting!r} is neither an option nor a setting. One DATA is shown at a time; settings are written KEY=VALUE.")
+    run = load_run({"data": {"train": [file]}}, [f"model.id={model}", f"objective={objective}", *(settings or [])])
+    console = Console(highlight=False)
+    tokenizer = load_tokenizer(run.model)
+    d = run.data
+    prepared = prepare(
+        d.train,
+        tokenizer,
+        renders=run.objective.renders,
+        template=run.model.template,
+        shape=d.shape,
+        columns=d.columns,
+        split=d.split,
+        limit=d.limit,
+        max_tokens=d.max_tokens or min(2048, tokenizer.model_max_length),
+        over_length=d.over_length,
+        train_on=d.train_on,
+        on_bad_row=d.on_bad_row,
+        validation=d.validation,
+        validation_share=d.validation_share,
+        validation_rows=d.validation_rows,
+        seed=run.seed,
+        say=lambda text: console.print(Text(text), soft_wrap=True),
+    )
+    show(prepared.train[:rows], tokenizer, prepared.facts, console)

@@ -1,0 +1,162 @@
+"""luthier eval: held-out loss and task scores of a model or an adapter, beside its base."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from ..evaluate import Score
+    from ..measure import Mean
+    from ..policy import Policy
+
+
+def command(
+    what: Annotated[str, typer.Argument(help="fiddle, a model folder, a Hub id, an adapter or a run's folder.")],
+    data: Annotated[list[str], typer.Option(help="Held-out data: a file, a folder or a Hub id; may be given several times.")],
+    task: Annotated[list[str] | None, typer.Option(help="A task to score (bleu, exact_match, ...); may be given several times.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="At most so many prompts are answered.")] = 500,
+    text: Annotated[bool, typer.Option("--text", help="Raw text: loss and bits per byte, no tasks.")] = False,
+    alone: Annotated[bool, typer.Option("--alone", help="Do not score the base beside an adapter.")] = False,
+    copy_from: Annotated[str | None, typer.Option(help="Training data: also score copying the answer of its nearest prompt.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write every prompt, reference and answer to this .jsonl file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    max_new: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
+    model: Annotated[str | None, typer.Option(help="The adapter's base, where it is not where the adapter says.")] = None,
+    template: Annotated[str | None, typer.Option(help="Chat template: a name or a .jinja file. Default: the model's own.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Draws the resamples behind the intervals.")] = 0,
+    precision: Annotated[str, typer.Option(help="float32, bfloat16, or auto: what this machine does fast.")] = "auto",
+) -> None:
+    """Evaluate: every score with its count and a 95 % interval. `luthier eval runs/NAME --data test.jsonl --task bleu`."""
+    from ..errors import LuthierError
+    from ..opening import load
+    from ..plugins import plugin
+
+    if text and (task or copy_from or output):
+        raise LuthierError("--text measures loss on raw text; --task, --copy-from and --output need prompts and answers")
+    tasks = {name: plugin("tasks", name)() for name in task or []}
+    policy = load(what, model=model, precision=precision)
+    prepared = _prepare(policy, data, template, "text" if text else "chat")
+    del prepared.validation_records[rows:]
+    columns: dict[str, dict[str, Any]] = {}
+    answers: dict[str, list[str]] = {}
+    names = [policy.active, None] if policy.active and not alone else [policy.active]
+    for name in names:
+        policy.use(name)
+        label = "tuned" if name else ("base" if len(names) > 1 else Path(what).name)
+        columns[label] = _losses(policy, prepared, text)
+        if tasks:
+            answers[label] = _answers(policy, prepared, template, max_new)
+            columns[label] |= _scores(tasks, prepared, answers[label], seed)
+    if copy_from is not None:
+        answers["copy"] = _copies(policy, prepared, copy_from, template)
+        columns["copy"] = _scores(tasks, prepared, answers["copy"], seed)
+    if output is not None:
+        _write(output, prepared, answers)
+    if as_json:
+        typer.echo(json.dumps({c: {k: _plain(v) for k, v in cells.items()} for c, cells in columns.items()}, indent=2))
+    else:
+        _print(columns)
+
+
+def _prepare(policy: Policy, data: list[str], template: str | None, renders: str) -> Any:
+    from ..data.prepare import prepare
+
+    # Read as validation data of itself: everything in it is held out here.
+    return prepare(
+        data,
+        policy.base.tokenizer,
+        renders=renders,  # type: ignore[arg-type]
+        template=template,
+        max_tokens=min(2048, policy.base.max_positions),
+        over_length="split" if renders == "text" else "truncate",
+        on_bad_row="stop",
+        validation=data,
+        validation_rows=10**9,
+        say=lambda _: None,
+    )
+
+
+def _losses(policy: Policy, prepared: Any, text: bool) -> dict[str, Any]:
+    from ..evaluate import loss_on
+    from ..measure import Mean, group
+    from ..objectives import sft
+    from ..objectives import text as raw
+
+    objective = raw.Objective() if text else sft.Objective()
+    pad, packed = policy.base.tokenizer.pad_token_id or 0, policy.base.packs
+    groups = group(prepared.validation, 8192, packed)
+    losses = loss_on(policy, objective, (objective.collate(g, pad=pad, packed=packed).to(policy.device) for g in groups))
+    out: dict[str, Any] = {"loss per token": Mean(losses.value, losses.n)}
+    if text:
+        size = sum(len(policy.base.tokenizer.decode(r.ids[1:], skip_special_tokens=True).encode()) for r in prepared.validation)
+        out["bits per byte"] = Mean(losses.bits_per_byte(size), size)
+    return out
+
+
+def _answers(policy: Policy, prepared: Any, template: str | None, max_new: int) -> list[str]:
+    import sys
+
+    from rich.console import Console
+
+    from ..measure import answer, task_rows
+    from ..progress import Reporter
+
+    prompts = [r["prompt"] for r in task_rows(prepared.validation_records)]
+    say = Reporter(Console(file=sys.stderr, highlight=False))
+    return [a["answer"] for a in answer(policy, prompts, template=template, max_new=max_new, say=say, label="answering")]
+
+
+def _scores(tasks: dict[str, Any], prepared: Any, answers: list[str], seed: int) -> dict[str, Score]:
+    from ..evaluate import score
+    from ..measure import task_rows
+
+    out: dict[str, Score] = {}
+    for task in tasks.values():
+        out |= score(lambda _: answers, task, task_rows(prepared.validation_records), seed=seed)
+    return out
+
+
+def _copies(policy: Policy, prepared: Any, source: str, template: str | None) -> list[str]:
+    from ..data.prepare import prepare
+    from ..evaluate import nearest_copy
+    from ..measure import task_rows
+
+    train = prepare([source], policy.base.tokenizer, renders="chat", template=template, max_tokens=2048, validation=[source], validation_rows=10**9, say=lambda _: None)
+    pairs = [(r["prompt"], r["refs"][0]) for r in task_rows(train.validation_records)]
+    return nearest_copy(pairs, [r["prompt"] for r in task_rows(prepared.validation_records)])
+
+
+def _write(output: Path, prepared: Any, answers: dict[str, list[str]]) -> None:
+    from ..measure import task_rows
+
+    with output.open("w", encoding="utf-8") as f:
+        for i, row in enumerate(task_rows(prepared.validation_records)):
+            line = {"prompt": row["prompt"], "refs": row["refs"], **{label: texts[i] for label, texts in answers.items()}}
+            f.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _print(columns: dict[str, dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_edge=False, pad_edge=False)
+    table.add_column("measure")
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    for key in dict.fromkeys(k for cells in columns.values() for k in cells):
+        table.add_row(key, *(_cell(cells.get(key)) for cells in columns.values()))
+    Console(highlight=False).print(table)
+
+
+def _cell(value: Score | Mean | None) -> str:
+    if value is None:
+        return ""
+    return str(value) if hasattr(value, "low") else f"{value.value:.4f} n={value.n:,}"
+
+
+def _plain(value: Score | Mean) -> dict[str, Any]:
+    return vars(value)

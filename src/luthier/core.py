@@ -1,0 +1,284 @@
+"""The contracts: what a method, an objective, a precision, a place, a feed and a task are to one another.
+
+Nothing of ours but the errors is imported here. Shapes, used as suffixes everywhere: B rows, T tokens, S examples, D hidden width,
+V vocabulary, N scored positions, P prompt positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .errors import Incompatible as Incompatible
+from .errors import LuthierError as LuthierError
+
+IGNORE = -100  # a target that is not trained, as in torch.nn.functional.cross_entropy
+
+
+# --- examples and batches -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One rendered example, before it is batched.
+
+    ``train[i]`` says whether token ``i`` is something the model should learn to produce; the collator shifts. ``where`` names the
+    place it came from ("train.jsonl:12"), for messages.
+    """
+
+    ids: np.ndarray  # (length,) int32
+    train: np.ndarray  # (length,) bool
+    where: str = ""
+    extras: Mapping[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Where S examples lie in one (B, T) stream; padding belongs to none. CPU tensors, so planning a kernel never syncs."""
+
+    row: Tensor  # (S,)
+    start: Tensor  # (S,)
+    length: Tensor  # (S,)
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def example(self, shape: tuple[int, int]) -> Tensor:
+        """(B, T): the number of the example each position belongs to, -1 on padding."""
+        out_BT = torch.full(shape, -1, dtype=torch.long)
+        for s, (b, t, n) in enumerate(zip(self.row.tolist(), self.start.tolist(), self.length.tolist(), strict=True)):
+            out_BT[b, t : t + n] = s
+        return out_BT
+
+    def positions(self, shape: tuple[int, int]) -> Tensor:
+        """(B, T): positions that restart at 0 in every example; on padding they are whatever."""
+        out_BT = torch.arange(shape[1]).repeat(shape[0], 1)
+        for b, t, n in zip(self.row.tolist(), self.start.tolist(), self.length.tolist(), strict=True):
+            out_BT[b, t : t + n] = torch.arange(n)
+        return out_BT
+
+    def first(self, width: int) -> Tensor:
+        """(S,) flat index into (B * T) of each example's first token."""
+        return self.row * width + self.start
+
+    def last(self, width: int) -> Tensor:
+        """(S,) flat index into (B * T) of each example's last token."""
+        return self.first(width) + self.length - 1
+
+    @property
+    def plain(self) -> bool:
+        """True when every stream row holds one example that starts at its left edge (no packing)."""
+        return not bool(self.start.any()) and len(self.row.unique()) == len(self.row)
+
+
+@dataclass(kw_only=True)
+class Stream:
+    """Token ids with the examples that lie in them."""
+
+    ids: Tensor  # (B, T)
+    segments: Segments
+    inputs: dict[str, Tensor] = field(default_factory=dict)  # other model inputs aligned with ids (token_type_ids)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.ids.shape[0], self.ids.shape[1]
+
+    @property
+    def tokens(self) -> int:
+        """How many positions hold a token of an example."""
+        return int(self.segments.length.sum())
+
+
+@dataclass(kw_only=True)
+class Batch(Stream):
+    """One micro-batch. Its own fields are the scored side: the decoder's, or the only one."""
+
+    source: Stream | None = None  # the encoder's side; example s reads source example s
+    targets: Tensor | None = None  # (B, T), shifted by the collator; IGNORE where nothing is trained
+    extras: dict[str, Tensor] = field(default_factory=dict)  # (S,) per example or (B, T) per token
+    units: dict[str, int] = field(default_factory=dict)  # {"tokens": 812}: how many loss terms of each kind
+    route: tuple[str | None, ...] | None = None  # the delta of each example; None inside: the base
+    where: tuple[str, ...] = ()  # the source of each example, for messages
+
+    def to(self, device: torch.device) -> Batch:
+        """Move the tensors that a forward reads; segments stay on the CPU."""
+        move = lambda ts: {k: t.to(device, non_blocking=True) for k, t in ts.items()}  # noqa: E731
+        self.ids, self.inputs, self.extras = self.ids.to(device, non_blocking=True), move(self.inputs), move(self.extras)
+        if self.targets is not None:
+            self.targets = self.targets.to(device, non_blocking=True)
+        if self.source is not None:
+            self.source.ids, self.source.inputs = self.source.ids.to(device), move(self.source.inputs)
+        return self
+
+
+def lay_out(rows: Sequence[Row], pad: int, packed: bool) -> tuple[Tensor, Tensor, Segments]:
+    """Put examples into a stream: ids (B, T), shifted targets (B, T), segments.
+
+    ``packed``: all examples in one row, end to end, without any padding. Otherwise one example a row, padded on the right.
+    The target at a position is the next token of the same example where that token is trained, else IGNORE.
+    """
+    lengths = [len(r) for r in rows]
+    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]) if packed else np.zeros(len(rows), dtype=np.int64)
+    which = np.zeros(len(rows), dtype=np.int64) if packed else np.arange(len(rows))
+    shape = (1, sum(lengths)) if packed else (len(rows), max(lengths))
+    ids_BT, targets_BT = np.full(shape, pad, dtype=np.int64), np.full(shape, IGNORE, dtype=np.int64)
+    for r, b, t in zip(rows, which, starts, strict=True):
+        ids_BT[b, t : t + len(r)] = r.ids
+        targets_BT[b, t : t + len(r) - 1] = np.where(r.train[1:], r.ids[1:], IGNORE)
+    segments = Segments(torch.from_numpy(which.copy()), torch.from_numpy(np.asarray(starts, dtype=np.int64)), torch.tensor(lengths))
+    return torch.from_numpy(ids_BT), torch.from_numpy(targets_BT), segments
+
+
+@dataclass
+class Loss:
+    """What an objective returns: fp32 SUMS by named term. The loop divides each by its own count, once."""
+
+    sums: dict[str, Tensor]
+    metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # (sum, count)
+
+
+def next_token_batch(rows: Sequence[Row], *, pad: int, packed: bool) -> Batch:
+    """The collator of objectives whose loss is next-token cross-entropy; its unit is the trained token."""
+    ids_BT, targets_BT, segments = lay_out(rows, pad, packed)
+    units = {"tokens": int((targets_BT != IGNORE).sum())}
+    return Batch(ids=ids_BT, segments=segments, targets=targets_BT, units=units, where=tuple(r.where for r in rows))
+
+
+def next_token_loss(policy: Policy, batch: Batch) -> Loss:
+    """Sum of -log p(target) over the trained positions of a batch."""
+    assert batch.targets is not None
+    hidden_MD, target_M = policy.hidden(batch).flatten(0, 1), batch.targets.flatten()
+    scored = (target_M != IGNORE).nonzero().squeeze(1)
+    logp_N = policy.score(hidden_MD.index_select(0, scored), target_M.index_select(0, scored))["logp"]
+    return Loss({"tokens": -logp_N.sum()})
+
+
+@dataclass
+class Rollout:
+    """Generated tokens of one batch: ragged, in the order of the prompts."""
+
+    ids: list[list[int]]  # new tokens only, the stopping token included
+    logps: list[list[float]]  # log p of each, under the distribution that was sampled from at temperature 1
+    stopped: list[str]  # "stop" (a stop token came) or "length"
+
+
+# --- the base and its precision -------------------------------------------------------------------------------------
+
+
+class Precision(Protocol):
+    """How the frozen weights are stored."""
+
+    packed: ClassVar[bool]
+    dtype: torch.dtype  # of what is not packed, and of the activations
+
+@dataclass
+class Base:
+    """A pretrained model as methods and objectives see it."""
+
+    model: nn.Module
+    tokenizer: Any
+    anatomy: Any  # anatomy.Anatomy
+    hash: str  # of the weights and the configuration
+    packs: bool  # several examples may share a row (probed, not assumed)
+    source: str = ""  # what the user called it: a folder, a Hub id, fiddle
+    revision: str | None = None
+    max_positions: int = 1024
+    probes: dict[str, Any] = field(default_factory=dict)  # results, printed once
+
+    @property
+    def width(self) -> int:
+        return self.model.config.get_text_config().hidden_size
+
+
+# --- methods --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Delta:
+    """What a method added: the only thing trained, saved, switched, routed."""
+
+    params: dict[str, nn.Parameter]  # key: "<path in the untouched base>:<leaf>"
+    buffers: dict[str, Tensor] = field(default_factory=dict)  # saved, not trained
+    optim: dict[str, dict[str, float]] = field(default_factory=dict)  # key pattern -> {"lr": 16.0 (a factor), "decay": 0}
+    penalty: Callable[[], Tensor] | None = None  # once per optimizer step
+    on_step: Callable[[int, int], None] | None = None  # (step, total): a pure function of seed and step
+    fold: Callable[[], None] | None = None  # write the delta into the weights; None where that is impossible
+    export: Callable[[], tuple[dict[str, Any], dict[str, Tensor]]] | None = None  # config and tensors in the field's layout
+
+    @property
+    def trainable(self) -> int:
+        return sum(p.numel() for p in self.params.values())
+
+
+class Method(Protocol):
+    """What is added and what trains. A frozen dataclass of hyper-parameters."""
+
+    edits: ClassVar[Literal["outputs", "weights", "sequence"]]
+
+    def attach(self, base: Base, name: str) -> Delta: ...
+
+
+# --- objectives -----------------------------------------------------------------------------------------------------
+
+
+class Objective(Protocol):
+    """What the loss is. Reads hidden states, returns sums."""
+
+    terms: Mapping[str, float]  # unit name -> weight
+    needs: frozenset[str]  # of {"reference", "rollouts"}
+    couples: bool  # the loss depends on batch-mates
+    renders: Literal["text", "chat"]  # how data/render.py turns records into rows for it
+
+    def heads(self, base: Base) -> dict[str, nn.Module]: ...
+    def collate(self, rows: Sequence[Row], *, pad: int, packed: bool) -> Batch: ...
+    def loss(self, policy: Policy, batch: Batch) -> Loss: ...
+
+
+class Policy(Protocol):
+    """The model every objective trains; the class is in policy.py."""
+
+    def hidden(self, batch: Batch) -> Tensor: ...  # (B, T, D), aligned with batch.ids
+    def score(self, hidden_ND: Tensor, token_N: Tensor, *, temperature: float = 1.0, want: Sequence[str] = ("logp",)) -> dict[str, Tensor]: ...
+    def generate(self, source: Sequence[Sequence[int]], **how: Any) -> Rollout: ...
+    def reference(self) -> AbstractContextManager[None]: ...
+
+
+# --- running --------------------------------------------------------------------------------------------------------
+
+
+class Feed(Protocol):
+    """The micro-batches of one optimizer step at a time; the same number on every rank."""
+
+    steps: int | None
+
+    def __iter__(self) -> Iterator[list[Batch]]: ...
+    def __next__(self) -> list[Batch]: ...
+    def state_dict(self) -> dict[str, Any]: ...  # as of the last step consumed
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Place(Protocol):
+    """Where tensors live and how ranks agree."""
+
+    device: torch.device
+    rank: int
+    size: int
+
+    def put(self, policy: nn.Module) -> None: ...
+    def mean(self, x: float) -> float: ...  # over ranks
+
+
+class Task(Protocol):
+    """A benchmark: the same object scores in eval and rewards in PPO and GRPO."""
+
+    def rows(self, split: str) -> list[dict[str, Any]]: ...  # each with "prompt" (str or messages) and what score needs
+    def score(self, row: Mapping[str, Any], answer: str) -> Mapping[str, float]: ...

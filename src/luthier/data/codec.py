@@ -1,0 +1,79 @@
+"""What a tokenizer does, found out once: whether it puts a token before a text, which tokens end a turn, and where each token lies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from ..core import LuthierError
+
+T = TypeVar("T")
+BATCH_ROWS, BATCH_CHARS = 1000, 4_000_000  # given to the tokenizer at a time
+
+
+class Codec:
+    """A tokenizer, called only in ways that never add a token by themselves."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.eos: int | None = tokenizer.eos_token_id
+        self.fast: bool = bool(tokenizer.is_fast)
+        bos = tokenizer.bos_token_id
+        alone = tokenizer("a", verbose=False)["input_ids"]
+        self.bos: int | None = bos if bos is not None and alone[:1] == [bos] else None  # only where the tokenizer itself would add it
+        special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special} | set(tokenizer.all_special_ids)
+        never = {bos, tokenizer.pad_token_id, tokenizer.unk_token_id} - {self.eos}
+        self.ends: frozenset[int] = frozenset(special - never)  # tokens that can end a turn
+        self.bos_ids: frozenset[int] = frozenset() if bos is None or bos == self.eos else frozenset({bos})
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """(length,) int32 of each text, with nothing added."""
+        if not texts:
+            return []
+        if self.fast:  # straight to the tokenizer's own code: without offsets it is twice as fast
+            return [np.array(e.ids, dtype=np.int32) for e in self._backend().encode_batch_fast(list(texts), add_special_tokens=False)]
+        ids = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]
+        return [np.asarray(i, dtype=np.int32) for i in ids]
+
+    def encode_spans(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(ids, (length, 2) first and last + 1 character of each token) of each text. Fast tokenizers only."""
+        if not texts:
+            return []
+        found = self._backend().encode_batch(list(texts), add_special_tokens=False)
+        return [(np.array(e.ids, dtype=np.int32), np.array(e.offsets, dtype=np.int64).reshape(-1, 2)) for e in found]
+
+    def _backend(self) -> Any:
+        """A tokenizer.json can ask for padding or truncation; here both would be silent damage."""
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_padding()
+        backend.no_truncation()
+        return backend
+
+    def lacks_bos(self, ids: np.ndarray) -> bool:
+        """Whether this tokenizer would put its beginning token before these."""
+        return self.bos is not None and (not len(ids) or int(ids[0]) != self.bos)
+
+    def with_bos(self, ids: np.ndarray, what: str) -> np.ndarray:
+        """The ids with exactly the beginning token this tokenizer wants: put there where it is missing, never a second one."""
+        if self.lacks_bos(ids):
+            return np.concatenate([[self.bos], ids]).astype(np.int32)
+        if len(ids) > 1 and ids[0] == ids[1] and int(ids[0]) in self.bos_ids:
+            token = self.tokenizer.convert_ids_to_tokens(int(ids[0]))
+            raise LuthierError(f"{what} begins with {token} twice. Models see it once: remove it from the template or from the text.")
+        return ids
+
+
+def in_batches(items: Iterable[T], size: Any) -> Iterator[list[T]]:
+    """Lists of at most BATCH_ROWS items and about BATCH_CHARS characters; ``size(item)`` counts an item's."""
+    batch: list[T] = []
+    chars = 0
+    for item in items:
+        batch.append(item)
+        chars += size(item)
+        if len(batch) >= BATCH_ROWS or chars >= BATCH_CHARS:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch

@@ -1,0 +1,87 @@
+"""Show rows as the model will see them: which tokens are trained, and what became of the data on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..core import Row
+
+OPEN, CLOSE = "⟦", "⟧"  # around trained tokens where there is no colour
+HEAD, TAIL = 300, 100  # tokens shown of a longer row
+
+
+def counts_table(facts: Mapping[str, Any]) -> Table:
+    """What ``prepare`` counted, one fact a line."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold")
+    table.add_column()
+    for name, shape in facts["shapes"].items():
+        table.add_row("shape", f"{name}: {shape}")
+    if facts["template"]:
+        table.add_row("chat template", facts["template"])
+    share = facts["trained_tokens"] / facts["tokens"]
+    table.add_row("records", f"{facts['records']:,}")
+    table.add_row("rows", f"{facts['rows']:,} to train, {facts['validation']['rows']:,} held out")
+    table.add_row("tokens", f"{facts['tokens']:,}")
+    table.add_row("trained tokens", f"{facts['trained_tokens']:,} ({share:.0%})")
+    table.add_row("length of a row", f"median {facts['median']:,}, longest {facts['longest']:,}, limit {facts['max_tokens']:,}")
+    table.add_row(f"over length ({facts['over_length']})", _over(facts))
+    table.add_row("bad rows", f"{facts['bad_rows']:,}" + "".join(f"\n{line}" for line in facts["bad_examples"]))
+    for text, n in facts["notes"].items():
+        table.add_row("note", f"{text} ({n:,} rows)")
+    return table
+
+
+def _over(facts: Mapping[str, Any]) -> str:
+    parts = [
+        (facts["dropped_long"], "dropped"),
+        (facts["split"], "split into pieces, nothing lost"),
+        (facts["truncated"], "truncated"),
+        (facts["cut_responses"], "of these without the end of the response"),
+    ]
+    return ", ".join(f"{n:,} {what}" for n, what in parts if n) or "none"
+
+
+def spans(row: Row, tokenizer: Any) -> list[tuple[str, bool]]:
+    """(text, trained) of the runs of tokens that are trained or not. Decoded from the beginning each time, so that no space is lost."""
+    edges = [0, *(np.flatnonzero(np.diff(row.train)) + 1).tolist(), len(row)]
+    decode = lambda end: tokenizer.decode(row.ids[:end].tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)  # noqa: E731
+    texts = ["", *(decode(end) for end in edges[1:])]
+    return [(after[len(before) :], bool(row.train[start])) for before, after, start in zip(texts, texts[1:], edges, strict=False)]
+
+
+def shown(row: Row, tokenizer: Any, *, colour: bool) -> Text:
+    """A row: trained tokens in bold green on a terminal, in brackets elsewhere; the middle of a long one left out."""
+    out = Text()
+    gap = len(row) - HEAD - TAIL
+    pieces: list[Row | int] = [row] if gap <= 0 else [_part(row, 0, HEAD), gap, _part(row, len(row) - TAIL, len(row))]
+    for piece in pieces:
+        if isinstance(piece, int):
+            out.append(f" ... {piece:,} tokens ... ", style="italic")
+            continue
+        for text, trained in spans(piece, tokenizer):
+            if colour:
+                out.append(text, style="bold green" if trained else "dim")
+            else:
+                out.append(f"{OPEN}{text}{CLOSE}" if trained else text)
+    return out
+
+
+def _part(row: Row, start: int, end: int) -> Row:
+    return Row(row.ids[start:end], row.train[start:end], row.where, row.extras)
+
+
+def show(rows: list[Row], tokenizer: Any, facts: Mapping[str, Any], console: Console) -> None:
+    """The counts, then the rows."""
+    colour = console.is_terminal and not console.no_color
+    console.print(counts_table(facts))
+    console.print(Text(f"\ntrained tokens are {'green' if colour else f'between {OPEN} and {CLOSE}'}; the others are read, not learned"))
+    for row in rows:
+        console.print(Text(f"\n--- {row.where}: {len(row):,} tokens, {int(row.train.sum()):,} trained", style="bold"))
+        console.print(shown(row, tokenizer, colour=colour), soft_wrap=True)

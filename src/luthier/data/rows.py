@@ -1,0 +1,59 @@
+"""What rendering gives besides rows, and how a stream of tokens is cut into rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from ..core import LuthierError, Row
+
+OverLength = Literal["drop", "truncate", "split"]
+Progress = Callable[[int], None]  # records done
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A record that gives no row, and why. ``bad``: the record or the template is at fault, not its length."""
+
+    reason: str
+    where: str
+    bad: bool = False
+
+
+@dataclass
+class Counts:
+    """What happened to the records on the way to rows."""
+
+    dropped_long: int = 0
+    split: int = 0
+    truncated: int = 0
+    cut_responses: int = 0
+    notes: dict[str, int] = field(default_factory=dict)  # a sentence: in how many rows it is so
+
+    def note(self, text: str) -> None:
+        self.notes[text] = self.notes.get(text, 0) + 1
+
+    def add_notes(self, other: Counts) -> None:
+        for text, n in other.notes.items():
+            self.notes[text] = self.notes.get(text, 0) + n
+
+
+def text_rows(ids: np.ndarray, where: str, max_tokens: int, over_length: OverLength, counts: Counts) -> list[Row]:
+    """Pieces of at most ``max_tokens``. A piece starts with the last token of the one before, so that every token is a target once."""
+    if max_tokens < 2:
+        raise LuthierError(f"max_tokens is {max_tokens}; at least 2 are needed: one to read and one to predict.")
+    if len(ids) > max_tokens:
+        if over_length == "drop":
+            counts.dropped_long += 1
+            return []
+        counts.split += 1
+    rows = []
+    for start in range(0, max(len(ids) - 1, 0), max_tokens - 1):
+        piece = ids[start : start + max_tokens]
+        train = np.ones(len(piece), dtype=bool)
+        train[0] = False
+        rows.append(Row(piece, train, where))
+    return rows

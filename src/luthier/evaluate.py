@@ -1,0 +1,163 @@
+"""Scoring a policy: task scores and held-out loss, each seeded, with a count and a 95 % interval beside it; and the baseline that copies.
+
+A task's scores are means over rows, unless it defines ``statistics`` and ``corpus``: then its rows are summed and scored as one (corpus BLEU).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from .core import Batch, LuthierError, Objective, Task
+from .nn import intervals
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Score:
+    """A score over n rows with its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        """For people: 45.9 [44.8, 47.0] n=630; shares get three digits."""
+        digits = 1 if max(abs(self.value), abs(self.high)) > 1.5 else 3
+        return f"{self.value:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}] n={self.n}"
+
+
+def score(generate: Callable[[Sequence[Row]], Sequence[str]], task: Task, rows: Sequence[Row], *, seed: int = 0) -> dict[str, Score]:
+    """Answer all rows with ``generate`` and score them; ``seed`` draws the resamples.
+
+    Raises LuthierError without rows, and where answers are not one a row.
+    """
+    if not rows:
+        raise LuthierError("there are no rows to score; name a validation file, or raise data.validation_share")
+    answers = generate(rows)
+    if len(answers) != len(rows):
+        raise LuthierError(f"{len(rows)} rows were asked and {len(answers)} answers came back; one a row is needed")
+    values: dict[str, list[float]] = defaultdict(list)
+    for row, answer in zip(rows, answers, strict=True):
+        for name, value in task.score(row, answer).items():
+            values[name].append(float(value))
+    out = {name: _score(intervals.mean(np.array(v), seed=seed)) for name, v in values.items()}
+    if hasattr(task, "corpus"):
+        stats_NK = np.stack([task.statistics(row, answer) for row, answer in zip(rows, answers, strict=True)])
+        for name in task.corpus(stats_NK.sum(0, keepdims=True)):
+            out[name] = _score(intervals.bootstrap(stats_NK, lambda sums, name=name: task.corpus(sums)[name], seed=seed))
+    return out
+
+
+def compare(task: Task, rows: Sequence[Row], before: Sequence[str], after: Sequence[str], *, seed: int = 0) -> dict[str, Score]:
+    """How much better ``after`` answers the same rows than ``before``: the paired difference of every score."""
+    out: dict[str, Score] = {}
+    per_row = [[task.score(row, a) for row, a in zip(rows, answers, strict=True)] for answers in (before, after)]
+    for name in per_row[0][0] if rows else ():
+        a_N2, b_N2 = (np.array([[s[name], 1.0] for s in side]) for side in per_row)
+        out[name] = _score(intervals.paired(a_N2, b_N2, intervals.ratio_of_sums, seed=seed))
+    if hasattr(task, "corpus") and rows:
+        a_NK, b_NK = (np.stack([task.statistics(row, a) for row, a in zip(rows, answers, strict=True)]) for answers in (before, after))
+        for name in task.corpus(a_NK.sum(0, keepdims=True)):
+            out[name] = _score(intervals.paired(a_NK, b_NK, lambda sums, name=name: task.corpus(sums)[name], seed=seed))
+    return out
+
+
+def _score(found: intervals.Interval) -> Score:
+    return Score(found.value, found.low, found.high, found.n)
+
+
+# --- held-out loss ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Summed held-out loss and its count, by term."""
+
+    sums: dict[str, float]
+    counts: dict[str, int]
+    weights: dict[str, float]
+
+    @property
+    def terms(self) -> dict[str, float]:
+        """The mean of each term."""
+        return {k: s / self.counts[k] for k, s in self.sums.items() if self.counts[k]}
+
+    @property
+    def value(self) -> float:
+        """The objective's loss: the weighted sum of its terms' means."""
+        return sum(self.weights[k] * v for k, v in self.terms.items())
+
+    @property
+    def n(self) -> int:
+        """How many units were counted."""
+        return sum(self.counts.values())
+
+    def bits_per_byte(self, size: int, term: str = "tokens") -> float:
+        """What a text of ``size`` bytes costs by this model: comparable between tokenizers."""
+        return self.sums[term] / math.log(2) / size
+
+
+@torch.no_grad()
+def loss_on(policy: Any, objective: Objective, batches: Iterable[Batch]) -> Losses:
+    """Loss on held-out batches, which are where the policy is. The policy is put into evaluation mode and back."""
+    sums = dict.fromkeys(objective.terms, 0.0)
+    counts = dict.fromkeys(objective.terms, 0)
+    training = policy.training
+    policy.eval()
+    try:
+        for batch in batches:
+            if not any(batch.units.values()):
+                continue
+            for name, value in objective.loss(policy, batch).sums.items():
+                sums[name] += float(value)
+                counts[name] += batch.units.get(name, 0)
+    finally:
+        policy.train(training)
+    if not any(counts.values()):
+        raise LuthierError("the held-out data has nothing to score: no token of it is trained on")
+    return Losses(sums, counts, dict(objective.terms))
+
+
+# --- the baseline that copies ----------------------------------------------------------------------------------------
+
+
+def nearest_copy(train_pairs: Sequence[tuple[Any, str]], prompts: Sequence[Any]) -> list[str]:
+    """Answer each prompt with the completion of the most similar training prompt (cosine of tf-idf; the first of equals).
+
+    A model that cannot beat this has learned to look up, not to write. Prompts are texts or messages.
+    """
+    if not train_pairs:
+        raise LuthierError("the copying baseline needs training pairs to copy from")
+    bags = [Counter(_words(p)) for p, _ in train_pairs]
+    found: dict[str, list[int]] = defaultdict(list)
+    for i, bag in enumerate(bags):
+        for word in bag:
+            found[word].append(i)
+    n = len(bags)
+    idf = {word: math.log((1 + n) / (1 + len(where))) + 1 for word, where in found.items()}
+    norm_N = np.array([math.sqrt(sum((c * idf[w]) ** 2 for w, c in bag.items())) or 1.0 for bag in bags])
+    index = {word: (np.array(where), np.array([bags[i][word] * idf[word] for i in where]) / norm_N[where]) for word, where in found.items()}
+    answers = []
+    for prompt in prompts:
+        similar_N = np.zeros(n)
+        for word, count in Counter(_words(prompt)).items():
+            if word in index:
+                where, weight = index[word]
+                similar_N[where] += count * idf[word] * weight  # the prompt's own norm changes no order
+        answers.append(train_pairs[int(similar_N.argmax())][1])
+    return answers
+
+
+def _words(prompt: Any) -> list[str]:
+    text = prompt if isinstance(prompt, str) else "\n".join(str(m["content"]) for m in prompt)
+    return re.findall(r"\w+", text.lower())

@@ -1,0 +1,79 @@
+"""Folding a delta into its base and proving it: logits before and after on a probe set, then the saved folder as transformers opens it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from .adapter import save_model
+from .core import LuthierError
+from .policy import Policy
+from .site import unwrap
+
+PROBES = ("The instrument on the bench", "Once upon a time there was", "1, 2, 3,")
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # relative to the largest logit
+
+
+@dataclass
+class Merged:
+    """What was compared."""
+
+    folder: Path
+    dtype: str
+    folded: float  # largest logit difference, attached against folded, relative to the largest logit
+    reopened: float  # attached against the saved folder in plain transformers
+    same_greedy: bool  # the likeliest next token is the same at every probe position
+    positions: int
+
+
+def merge(policy: Policy, folder: Path, *, extra: dict[str, Any] | None = None) -> Merged:
+    """Fold the policy's delta into its base, save the whole model and reopen it with plain transformers.
+
+    Sums are made in fp32 and rounded once to the base's dtype. Raises Incompatible where the delta cannot fold, LuthierError where the
+    largest logit difference exceeds what rounding to that dtype explains.
+    """
+    ids = probe_ids(policy)
+    dtype = next(policy.lm.parameters()).dtype
+    before = logits(policy, ids)
+    if policy.delta is not None:
+        policy.fold()
+        unwrap(policy.lm)
+    folded = difference(logits(policy, ids), before)
+    _refuse(folded, dtype, "folding changed the logits")
+    save_model(policy, folder, extra=extra)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(policy.device).eval()
+    with torch.no_grad():
+        again = torch.cat([plain(input_ids=torch.tensor([i], device=policy.device)).logits[0].float() for i in ids])
+    reopened = difference(again, before)
+    _refuse(reopened, dtype, f"{folder} opened by transformers gives other logits")
+    same = bool((again.argmax(-1) == before.argmax(-1)).all())
+    return Merged(folder, str(dtype).removeprefix("torch."), folded, reopened, same, len(before))
+
+
+def probe_ids(policy: Policy) -> list[list[int]]:
+    """Token ids of a few texts, or made-up ones where there is no tokenizer."""
+    if policy.base.tokenizer is None:
+        return [[i % policy.lm.config.vocab_size for i in range(k, k + 9)] for k in (1, 20, 40)]
+    return [policy.base.tokenizer(t)["input_ids"] for t in PROBES]
+
+
+@torch.no_grad()
+def logits(policy: Policy, ids: list[list[int]]) -> Tensor:
+    """(positions, V) fp32 logits of the policy, delta included."""
+    policy.eval()
+    return torch.cat([policy.lm(input_ids=torch.tensor([i], device=policy.device)).logits[0].float() for i in ids])
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    """Largest difference relative to the largest value."""
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def _refuse(found: float, dtype: torch.dtype, what: str) -> None:
+    if found > TOLERANCE.get(dtype, 5e-2):
+        raise LuthierError(f"{what}: largest relative difference {found:.2g}, accepted {TOLERANCE.get(dtype, 5e-2):g} in {dtype}; try --dtype float32")

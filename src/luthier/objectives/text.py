@@ -1,0 +1,35 @@
+"""Continued pretraining on raw text: the cross-entropy of every next token.
+
+Domain-adaptive pretraining (Gururangan et al., 2020, arXiv 2004.10964) and plain pretraining. Documents share rows end to end and never see one
+another; a document longer than the limit is split, each piece seeing only itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from ..core import Base, Batch, Loss, Policy, Row, next_token_batch, next_token_loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """Next-token prediction on all tokens."""
+
+    terms: ClassVar[Mapping[str, float]] = {"tokens": 1.0}
+    needs: ClassVar[frozenset[str]] = frozenset()
+    couples: ClassVar[bool] = False
+    renders: ClassVar[Literal["text"]] = "text"
+
+    def heads(self, base: Base) -> dict:
+        """No head of its own."""
+        return {}
+
+    def collate(self, rows: Sequence[Row], *, pad: int, packed: bool) -> Batch:
+        """Rows to one batch, targets shifted."""
+        return next_token_batch(rows, pad=pad, packed=packed)
+
+    def loss(self, policy: Policy, batch: Batch) -> Loss:
+        """Sum of -log p over all tokens but each document's first."""
+        return next_token_loss(policy, batch)

@@ -1,0 +1,1 @@
+"""Where a run lives: devices and ranks. One file a place; the file name is its kind."""

@@ -1,0 +1,179 @@
+"""What a person sees of a run: facts before it, a bar with loss, tokens per second, memory and time left, and the table after it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from . import counts
+from .plugins import kind_of
+
+if TYPE_CHECKING:
+    from .core import Base
+    from .measure import Measures
+    from .session import Result, Session
+    from .train import Step
+
+LINE_EVERY = 10.0  # seconds between lines where there is no terminal to draw a bar on
+
+
+class Reporter:
+    """Prints to a console; ``Reporter(quiet=True)`` prints nothing."""
+
+    def __init__(self, console: Console | None = None, *, quiet: bool = False):
+        self.console = console or Console(stderr=False, quiet=quiet, highlight=False, soft_wrap=not sys.stdout.isatty())
+        self.bar: Progress | None = None
+        self._ticked = 0.0
+
+    def note(self, text: str) -> None:
+        """One fact."""
+        self.console.print(Text("  " + text))
+
+    def warn(self, text: str) -> None:
+        """Something to look at."""
+        self.console.print(Text("warning: " + text, style="yellow"))
+
+    def head(self, text: str) -> None:
+        """The start of a part."""
+        self.console.print(Text(text, style="bold"))
+
+    def base(self, base: Base) -> None:
+        """The base model and what was probed on it."""
+        whole = sum(p.numel() for p in base.model.parameters())
+        dtype = str(next(base.model.parameters()).dtype).removeprefix("torch.")
+        self.head(f"base {base.source}: {base.anatomy.family}, {whole:,} parameters in {dtype}, {base.max_positions:,} positions, {base.hash}")
+        p = base.probes
+        if p:
+            shared = "examples share rows without seeing one another (bitwise)" if p["packs"] else "one example a row (packing would leak)"
+            self.note(f"probed: head explains the logits (difference {p['head']:.1g}); {shared}; attention: {p['implementation']}")
+
+    def plan(self, session: Session) -> None:
+        """What will be trained, and how."""
+        run, trained_whole = session.run, counts.total(session.policy)
+        trained, whole = trained_whole
+        self.head(f"method {kind_of(run.method)}: {trained:,} trained parameters, {trained / whole:.3%} of {whole:,}")
+        for c in counts.table(session.policy)[:12]:
+            shape = f" {c.shape[0]} x {c.shape[1]}" if c.shape else ""
+            self.note(f"{c.modules} x {c.module}{shape}: {counts.sentence(c)}")
+        o = run.optim
+        per = f"{o.batch_examples} examples" if o.batch_examples else f"{o.batch_tokens:,} tokens"
+        self.head(f"training: {session.steps} steps of {per}, {'packed' if session.packed else 'padded'}, seed {run.seed}, on {run.place.device}")
+        self.note(f"learning rate {session.why_lr}; {o.schedule} after {session.warmup} steps of warm-up; weight decay {o.weight_decay:g}, clipping at {o.clip:g}")
+        self.note(f"validation every {run.evaluate.every_steps} steps on {len(session.prepared.validation):,} rows; folder {session.folder}")
+
+    def measured(self, when: str, m: Measures) -> None:
+        """One visit to the held-out data."""
+        self.note(f"{when}: {_sentence(m)}")
+
+    @contextmanager
+    def training(self, steps: int, done: int) -> Iterator[Callable[[Step, float], None]]:
+        """A bar (or, without a terminal, a line now and then) fed with each step and its seconds."""
+        if not self.console.is_terminal or self.console.quiet:
+            yield self._lines(steps)
+            return
+        columns = (
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[facts]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.console) as self.bar:
+            task = self.bar.add_task("train", total=steps, completed=done, facts="")
+
+            def update(step: Step, took: float) -> None:
+                assert self.bar is not None
+                self.bar.update(task, completed=step.step, facts=_facts(step, took))
+
+            yield update
+        self.bar = None
+
+    def _lines(self, steps: int) -> Callable[[Step, float], None]:
+        began, first, last = time.perf_counter(), None, 0.0
+
+        def line(step: Step, took: float) -> None:
+            nonlocal first, last
+            first = step.step - 1 if first is None else first
+            now = time.perf_counter()
+            if now - last >= LINE_EVERY or step.step == steps:
+                left = (now - began) / (step.step - first) * (steps - step.step)
+                self.console.print(Text(f"step {step.step}/{steps}  {_facts(step, took)}  left {clock(left)}"))
+                last = now
+
+        return line
+
+    def tick(self, label: str, done: int, total: int) -> None:
+        """Progress of a long measurement."""
+        now = time.perf_counter()
+        if done < total and now - self._ticked < LINE_EVERY:
+            return
+        if now - self._ticked >= LINE_EVERY or self._ticked == 0.0:
+            self.note(f"{label}: {done}/{total} answered")
+            self._ticked = now
+
+    def evaluated(self, step: Step, m: Measures, *, best: bool) -> None:
+        """An evaluation during training."""
+        gap = f", gap to training {m.loss.value - step.loss:+.3f}" if m.loss is not None else ""
+        self.note(f"step {step.step}: {_sentence(m)}{gap}{' (best so far)' if best else ''}")
+    def samples(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Sample answers go to samples.jsonl; the last of them is shown at the end."""
+        self.last_samples = rows
+
+    def result(self, r: Result) -> None:
+        """The table at the end."""
+        table = Table(title=None, show_edge=False, pad_edge=False)
+        for name in ("measure", "before", "after"):
+            table.add_column(name, justify="left" if name == "measure" else "right", no_wrap=True)
+        for name, (a, b) in rows_of(r.before, r.after).items():
+            table.add_row(name, a, b)
+        self.console.print()
+        self.console.print(table)
+        if r.stopped:
+            self.note(f"stopped early: {r.stopped}")
+        speed = f", {r.tokens / r.seconds:,.0f} tokens/s" if r.seconds else ""
+        self.note(f"{r.trained:,} of {r.total:,} parameters trained ({r.trained / r.total:.3%}); {r.steps} steps, {r.tokens:,} tokens, {clock(r.seconds)}{speed}")
+        self.note(f"peak memory {r.peak_bytes / 1e9:.2f} GB; weights of step {r.best_step}")
+        self.head(f"saved, read back and compared: {r.artefact}")
+
+
+def rows_of(before: Measures, after: Measures) -> dict[str, tuple[str, str]]:
+    """Rows of the before/after table: name -> two texts."""
+    out: dict[str, tuple[str, str]] = {}
+    for name, a, b in (("held-out loss", before.loss, after.loss), ("loss on general text", before.general, after.general)):
+        if a is not None and b is not None:
+            out[name] = (f"{a.value:.4f}", f"{b.value:.4f}  n={b.n:,} tokens")
+    for name, s in after.scores.items():
+        out[name] = (str(before.scores[name]) if name in before.scores else "", str(s))
+    return out
+
+
+def clock(seconds: float) -> str:
+    """ "1:02:03", or "2:03"."""
+    s = max(0, round(seconds))
+    return f"{s // 3600}:{s % 3600 // 60:02}:{s % 60:02}" if s >= 3600 else f"{s // 60}:{s % 60:02}"
+
+
+def _facts(step: Step, took: float) -> str:
+    import psutil
+
+    memory = psutil.Process().memory_info().rss / 1e9
+    return f"loss {step.loss:.4f}  {step.tokens / max(took, 1e-9):,.0f} tokens/s  {memory:.2f} GB"
+
+
+def _sentence(m: Measures) -> str:
+    parts = []
+    if m.loss is not None:
+        parts.append(f"held-out loss {m.loss.value:.4f}")
+    if m.general is not None:
+        parts.append(f"general text {m.general.value:.4f}")
+    parts += [f"{name} {s}" for name, s in m.scores.items()]
+    return ", ".join(parts) or "nothing to measure"

@@ -1,0 +1,424 @@
+"""A run, from its settings to an adapter: explicit calls around the loop - measure, train, evaluate, keep, stop, measure again, save, verify.
+
+train.py says what a step is; this file reads the steps and decides what follows from them. No callbacks, no events.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from . import __version__, adapter, atomic, build, checkpoint, config, counts
+from .core import LuthierError
+from .data.feed import Batches
+from .data.prepare import Prepared, prepare
+from .errors import Interrupted
+from .log import Log
+from .measure import Measures, Scorer
+from .nn.schedule import factor
+from .optim import Optimizer, default_lr
+from .plugins import kind_of
+from .policy import Policy
+from .progress import Reporter
+from .run import Run
+from .train import Step, train
+
+
+@dataclass
+class Result:
+    """What a run came to."""
+
+    folder: Path
+    artefact: Path  # the adapter, or the model where all weights were trained
+    before: Measures
+    after: Measures
+    trained: int
+    total: int
+    steps: int
+    seconds: float  # in training steps
+    tokens: int
+    peak_bytes: int
+    best_step: int
+    stopped: str = ""  # why it ended before its last step
+
+
+@dataclass
+class Progress:
+    """Counters that a checkpoint carries on."""
+
+    step: int = 0
+    best_loss: float = float("inf")
+    best_step: int = 0
+    stale: int = 0  # evaluations since the best
+    skipped: int = 0  # steps with a non-finite loss
+    seconds: float = 0.0
+    tokens: int = 0
+    before: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)  # one per evaluation
+
+
+def execute(run: Run, *, resume: Path | None = None, accept_changes: bool = False, reporter: Reporter | None = None) -> Result:
+    """Train ``run`` and write its folder. ``resume``: continue the run in that folder, bit for bit.
+
+    Raises LuthierError for what the user can put right, Interrupted after Ctrl-C.
+    """
+    say = reporter or Reporter()
+    run, notes = build.resolve(run)
+    for note in notes:
+        say.note(note)
+    state = _state(run, resume, accept_changes, say)
+    base = build.load(run.model, precision=run.precision, device=run.place.device, trains_base=run.method.edits == "weights")
+    if base.tokenizer is None:
+        build.load_tokenizer(run.model)  # says what is missing
+    say.base(base)
+    prepared = _data(run, base, say)
+    folder = resume or _new_folder(run)
+    try:
+        session = Session(run, folder, base, prepared, say)
+        return session.go(state)
+    except BaseException:
+        if resume is None and not checkpoint.steps(folder):  # nothing half-written stays
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+class Session:
+    """One run that is under way."""
+
+    def __init__(self, run: Run, folder: Path, base: Any, prepared: Prepared, say: Reporter):
+        self.folder, self.base, self.prepared, self.say = folder, base, prepared, say
+        self.policy, self.objective = build.assemble(run, base)
+        lr, why = (run.optim.lr, "as asked") if run.optim.lr is not None else default_lr(run.method, base.width)
+        self.packed = base.packs and run.data.pack != "no"
+        if run.data.pack == "yes" and not base.packs:
+            raise LuthierError(f"data.pack: this model ({base.anatomy.family}) was found to leak between examples that share a row; use data.pack=auto")
+        self.feed = Batches(
+            prepared.train,
+            self.objective.collate,
+            pad=base.tokenizer.pad_token_id or 0,
+            packed=self.packed,
+            batch_tokens=run.optim.batch_tokens,
+            batch_examples=run.optim.batch_examples,
+            micro_tokens=run.optim.micro_tokens,
+            epochs=run.optim.epochs,
+            steps=run.optim.steps,
+            seed=run.seed,
+            rank=run.place.rank,
+            size=run.place.size,
+        )
+        self.steps = self.feed.steps
+        every = run.evaluate.every_steps or max(1, round(self.steps / 10))
+        self.run = replace(
+            run,
+            optim=replace(run.optim, lr=lr),
+            evaluate=replace(run.evaluate, every_steps=every),
+            checkpoint=replace(run.checkpoint, every_steps=run.checkpoint.every_steps or every),
+        )
+        self.warmup = round(run.optim.warmup * self.steps)
+        o = self.run.optim
+        assert self.policy.delta is not None
+        self.optimizer = Optimizer(
+            self.policy.trained(), lr=lr, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay, patterns=self.policy.delta.optim
+        )
+        self.scorer = Scorer(self.policy, self.objective, prepared, self.run, packed=self.packed)
+        self.progress = Progress()
+        self.why_lr = why
+        self.stopped = ""
+        self.warned = False
+
+    # --- the run, top to bottom ---------------------------------------------------------------------------------------
+
+    def go(self, state: checkpoint.State | None) -> Result:
+        """Measure, train, measure, save."""
+        self.say.plan(self)
+        self._check_disk()
+        self._write_settings()
+        if state is not None:
+            checkpoint.restore(state, self.policy, self.optimizer, self.feed)
+            self.progress = Progress(**state.facts["progress"])
+            self.say.note(f"resuming after step {self.progress.step} of {self.steps}")
+        log = Log(
+            self.folder, self.run.log.to, name=self.folder.name, config=config.plain(self.run), after=None if state is None else self.progress.step
+        )
+        try:
+            if state is None:
+                before = self.scorer.measure(tasks=True, say=self.say)
+                self.progress.before = asdict(before)
+                log.write("before", 0, before.numbers())
+                self._samples(0)
+                self.say.measured("before training", before)
+            self._train(log)
+            after = self._finish(log)
+        finally:
+            log.close()
+        artefact = self.folder / ("model" if self.policy.delta is not None and self.policy.delta.export is None else "adapter")
+        return self._result(after, artefact)
+
+    def _train(self, log: Log) -> None:
+        p, o = self.progress, self.run.optim
+        rate = lambda step: (o.lr or 0.0) * factor(step, self.steps, kind=o.schedule, warmup=self.warmup, floor=o.min_lr)  # noqa: E731
+        watch = _Watch(self.policy, self.optimizer)
+        bad_in_a_row = 0
+        loop = train(self.policy, self.objective, self.feed, self.optimizer, lr=rate, steps=self.steps, start=p.step, clip=o.clip, place=self.run.place)
+        with _interrupts() as asked, self.say.training(self.steps, p.step) as bar:
+            while True:
+                began = time.perf_counter()
+                step = next(loop, None)
+                if step is None:
+                    break
+                took = time.perf_counter() - began
+                p.step, p.seconds, p.tokens = step.step, p.seconds + took, p.tokens + step.tokens
+                if step.step % self.run.log.every_steps == 0 or step.step == self.steps or not step.finite:
+                    log.write("train", step.step, _line(step, took))
+                bar(step, took)
+                bad_in_a_row = self._non_finite(step, bad_in_a_row)
+                watch.check(step.step, last=step.step == self.steps)
+                last = step.step == self.steps
+                if step.step % (self.run.evaluate.every_steps or 1) == 0 or last:
+                    self._evaluate(step, log)
+                if step.step % (self.run.checkpoint.every_steps or 1) == 0 or last or asked() or self.stopped:
+                    self._save()
+                if asked():
+                    raise Interrupted(f"stopped after step {p.step} of {self.steps}, everything is saved; go on with: luthier train --resume {self.folder}")
+                if self.stopped:
+                    break
+
+    def _evaluate(self, step: Step, log: Log) -> None:
+        p = self.progress
+        now = self.scorer.measure(tasks=False)
+        log.write("evaluation", step.step, now.numbers())
+        p.history.append({"step": step.step, "train": step.loss, **now.numbers()})
+        if now.loss is not None and now.loss.value < p.best_loss:
+            p.best_loss, p.best_step, p.stale = now.loss.value, step.step, 0
+            self._keep_best()
+        else:
+            p.stale += 1
+        self.say.evaluated(step, now, best=p.best_step == step.step)
+        if self._samples(step.step) == 0 and 2 * step.step >= self.steps and not self.warned:
+            self.warned = True  # early in a run it is usual, and once is enough
+            self.say.warn("none of the sample answers stops by itself: the end-of-turn token is not learned yet; if this stays so, train longer or look at the template")
+        if self.run.evaluate.patience is not None and p.stale >= self.run.evaluate.patience:
+            self.stopped = f"no better validation loss in {p.stale} evaluations"
+
+    def _finish(self, log: Log) -> Measures:
+        p = self.progress
+        if self.run.evaluate.best and p.best_step and p.best_step != p.step:
+            self.optimizer.load_masters(adapter.read_tensors(self.folder / "best" / "masters.safetensors"))
+            self.say.note(f"kept the weights of step {p.best_step}, the best on validation")
+        after = self.scorer.measure(tasks=True, say=self.say)
+        log.write("after", p.step, after.numbers())
+        kind = "model" if self.policy.delta is not None and self.policy.delta.export is None else "adapter"
+        facts = {"run": config.plain(self.run), "steps": p.step, "tokens": p.tokens, "seconds": round(p.seconds, 1), "before": p.before, "after": asdict(after)}
+        adapter.save(self.policy, self.folder / kind, extra={"training": facts})
+        atomic.as_json(self.folder / "result.json", facts)
+        return after
+
+    # --- pieces -------------------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        facts = {"progress": asdict(self.progress), "run": config.plain(self.run), "digest": config.digest(self.run), "luthier": __version__}
+        checkpoint.save(self.folder, self.progress.step, self.policy, self.optimizer, self.feed, keep=self.run.checkpoint.keep, facts=facts)
+
+    def _keep_best(self) -> None:
+        if self.run.evaluate.best:
+            with atomic.folder(self.folder / "best") as new:
+                save_file({k: v.to("cpu").contiguous() for k, v in self.optimizer.masters().items()}, new / "masters.safetensors")
+
+    def _samples(self, step: int) -> int | None:
+        """Answer the fixed prompts and append them to samples.jsonl; how many stopped by themselves, None where there are none."""
+        rows = self.scorer.samples()
+        with (self.folder / "samples.jsonl").open("a", encoding="utf-8") as f:
+            for row in rows:
+                f.write(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n")
+        self.say.samples(rows)
+        return sum(r["stopped"] == "stop" for r in rows) if rows and self.objective.renders == "chat" else None
+
+    def _non_finite(self, step: Step, before: int) -> int:
+        if step.finite:
+            return 0
+        self.progress.skipped += 1
+        named = ", ".join(step.where[:5]) + (f" and {len(step.where) - 5} more" if len(step.where) > 5 else "")
+        self.say.warn(f"step {step.step}: the loss or its gradient is not finite; the step was skipped. Its examples: {named}")
+        if before + 1 >= 3:
+            raise LuthierError(f"three steps in a row were not finite, the last on {named}; lower optim.lr (it is {self.run.optim.lr:g}) or look at these examples")
+        return before + 1
+
+    def _check_disk(self) -> None:
+        one = checkpoint.size(self.policy, self.optimizer)
+        best = self.optimizer.state_bytes // 3
+        need = one * (self.run.checkpoint.keep + 1) + 2 * best
+        free = shutil.disk_usage(self.folder).free
+        self.say.note(f"checkpoints: {_bytes(one)} each, {self.run.checkpoint.keep} kept; {_bytes(need)} of disk needed at most, {_bytes(free)} free")
+        if need > free:
+            raise LuthierError(
+                f"{self.folder}: the run needs {_bytes(need)} of disk for checkpoints and {_bytes(free)} are free; free some, choose another "
+                "folder (out=FOLDER) or keep fewer (checkpoint.keep=1)"
+            )
+
+    def _write_settings(self) -> None:
+        atomic.text(self.folder / "run.yaml", config.dump(self.run))
+        versions = {m: sys.modules[m].__version__ for m in ("torch", "transformers", "safetensors", "tokenizers", "numpy") if m in sys.modules}
+        atomic.as_json(
+            self.folder / "environment.json",
+            {
+                "luthier": __version__,
+                "python": platform.python_version(),
+                **versions,
+                "platform": platform.platform(),
+                "device": str(self.run.place.device),
+                "threads": torch.get_num_threads(),
+                "started": datetime.now().isoformat(timespec="seconds"),
+                "data": self.prepared.facts,
+            },
+        )
+
+    def _result(self, after: Measures, artefact: Path) -> Result:
+        trained, whole = counts.total(self.policy)
+        p = self.progress
+        before = Measures.from_dict(p.before)
+        best = p.best_step if self.run.evaluate.best and p.best_step else p.step
+        return Result(self.folder, artefact, before, after, trained, whole, p.step, p.seconds, p.tokens, peak_bytes(self.run.place.device), best, self.stopped)
+
+
+class _Watch:
+    """After the first backward every trained tensor has a gradient; after a few steps it has moved."""
+
+    AFTER = 3  # LoRA's A has an exactly zero gradient while B is zero, so it moves from the second step
+
+    def __init__(self, policy: Policy, optimizer: Optimizer):
+        self.optimizer = optimizer
+        self.start = {k: _sketch(v) for k, v in optimizer.masters().items()}
+        self.done = 0
+
+    def check(self, step: int, *, last: bool) -> None:
+        self.done += 1
+        if self.done == 1:
+            silent = sorted(set(self.start) - self.optimizer.seen)
+            if silent:
+                raise LuthierError(f"{len(silent)} trained tensors got no gradient in the first step, for example {silent[0]!r}: they would never learn")
+        if self.done == self.AFTER and not last:
+            still = [k for k, v in self.optimizer.masters().items() if _sketch(v) == self.start[k]]
+            if still:
+                raise LuthierError(f"{len(still)} trained tensors have not moved after {self.AFTER} steps, for example {still[0]!r}; is optim.lr too small?")
+
+
+def _sketch(v: torch.Tensor) -> tuple[float, float]:
+    return float(v.double().sum()), float(v.double().square().sum())
+
+
+def _state(run: Run, resume: Path | None, accept_changes: bool, say: Reporter) -> checkpoint.State | None:
+    """The checkpoint to go on from; refuses a changed run unless told."""
+    if resume is None:
+        return None
+    state = checkpoint.newest(resume)
+    if state is None:
+        raise LuthierError(f"{resume}: no checkpoint to resume from; it holds {', '.join(sorted(p.name for p in resume.iterdir())) if resume.is_dir() else 'nothing'}")
+    if state.facts["digest"] != config.digest(run):
+        changed = config.difference(state.facts["run"], config.plain(run))
+        if changed and not accept_changes:
+            raise LuthierError(
+                "this run is not the one that was interrupted: " + "; ".join(changed) + ". Resume it unchanged, or say --accept-changes to go on with the new settings"
+            )
+        for line in changed:
+            say.warn(f"resuming with a change: {line}")
+    return state
+
+
+def _data(run: Run, base: Any, say: Reporter) -> Prepared:
+    d = run.data
+    if not d.train:
+        raise LuthierError("data.train: names no file; say luthier train FILE, or data.train=FILE")
+    return prepare(
+        d.train,
+        base.tokenizer,
+        renders=run.objective.renders,
+        template=run.model.template,
+        shape=d.shape,
+        columns=d.columns,
+        split=d.split,
+        limit=d.limit,
+        max_tokens=min(d.max_tokens or 2048, base.max_positions),
+        over_length=d.over_length,
+        train_on=d.train_on,
+        on_bad_row=d.on_bad_row,
+        validation=d.validation,
+        validation_share=d.validation_share,
+        validation_rows=d.validation_rows,
+        seed=run.seed,
+        say=say.note,
+    )
+
+
+def _new_folder(run: Run) -> Path:
+    data = Path(run.data.train[0]).stem.replace(" ", "_")[:40] if run.data.train else "data"
+    name = run.name or f"{data}-{kind_of(run.method)}-{datetime.now():%Y%m%d-%H%M%S}"
+    folder = Path(run.out) / name
+    if folder.exists() and any(folder.iterdir()):
+        raise LuthierError(f"{folder}: there is a run of this name already; choose another (name=...), delete it, or go on with it: luthier train --resume {folder}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".write").touch()
+        (folder / ".write").unlink()
+    except OSError as e:
+        raise LuthierError(f"{folder}: cannot be written: {e.strerror}; choose another folder (out=FOLDER)") from None
+    return folder
+
+
+@contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C and SIGTERM are asked for, not thrown: the step in hand is finished first. A second Ctrl-C stops at once."""
+    flag = []
+
+    def note(number: int, frame: Any) -> None:
+        if flag and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        flag.append(number)
+        print("\nfinishing this step and saving; Ctrl-C again stops at once", file=sys.stderr)
+
+    try:
+        old = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: signals stay the caller's
+        old = {}
+    try:
+        yield lambda: bool(flag)
+    finally:
+        for s, handler in old.items():
+            signal.signal(s, handler)
+
+
+def _line(step: Step, took: float) -> dict[str, Any]:
+    out: dict[str, Any] = {"loss": step.loss, "lr": step.lr, "grad_norm": step.grad_norm, "tokens": step.tokens, **{f"units_{k}": n for k, n in step.units.items()}}
+    if len(step.terms) > 1:
+        out |= {f"loss_{k}": v for k, v in step.terms.items()}
+    out |= step.metrics | {"seconds": round(took, 4), "tokens_per_second": round(step.tokens / took, 1), "memory_bytes": peak_bytes(torch.device("cpu"))}
+    return out if step.finite else out | {"skipped": True, "where": list(step.where)}
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Peak memory so far: of the GPU where there is one, else resident memory of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _bytes(n: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if n < 1000 or unit == "GB":
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1000
+    raise AssertionError

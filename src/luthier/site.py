@@ -1,0 +1,155 @@
+"""Where deltas meet a model, once for all methods: Frame, Edit, Site.
+
+A Frame says which delta serves which example and where examples lie in the stream. It is an immutable value in one cell, read by every Site
+and by attention. Recomputation under gradient checkpointing runs after the forward has returned, so `restoring` puts the same frame
+back: a plain context manager around the forward would be gone by then, and the gradients silently wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .core import Incompatible, Segments
+
+Route = str | None | tuple[str | None, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """One forward's circumstances."""
+
+    route: Route = None  # one name (or None: the base) for everything, or one per example
+    segments: Segments | None = None  # where examples lie; None: attention masks come from transformers (generation)
+    example_BT: Tensor | None = None  # (B, T) on the device, -1 on padding; needed by a mixed route only
+    plans: dict[Any, Any] = field(default_factory=dict)  # what attention worked out for these segments, shared by the layers
+
+
+_CELL: ContextVar[Frame | None] = ContextVar("luthier_frame", default=None)
+
+
+def current() -> Frame | None:
+    """The frame of the forward that is running, or None."""
+    return _CELL.get()
+
+
+@contextmanager
+def using(frame: Frame | None) -> Iterator[None]:
+    """Run a forward under ``frame``."""
+    token = _CELL.set(frame)
+    try:
+        yield
+    finally:
+        _CELL.reset(token)
+
+
+def restoring() -> tuple[Any, Any]:
+    """``context_fn`` for torch.utils.checkpoint: the recomputation sees the frame of its forward."""
+    return nullcontext(), using(current())
+
+
+class Edit(nn.Module):
+    """One delta at one place. Override what it changes."""
+
+    def before(self, x: Tensor) -> Tensor:
+        """Change the module's input (..., in)."""
+        return x
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        """Change the module's output: x (..., in) as the module saw it, y (..., out)."""
+        return y
+
+    def fold(self, weight: Tensor) -> Tensor | None:
+        """The weight (out, in) with this edit written in, or None where that is impossible."""
+        return None
+
+
+class Site(nn.Module):
+    """Stands once for an edited module: the base and its edits by delta name."""
+
+    def __init__(self, base: nn.Module):
+        super().__init__()
+        self.base = base
+        self.edits = nn.ModuleDict()
+        self.active: str | None = None  # what serves a forward that runs outside any frame
+
+    def __getattr__(self, name: str) -> Any:
+        # Models read weight, bias or in_features of their own linears: those stay the base's.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        frame = _CELL.get()
+        route = self.active if frame is None else frame.route
+        if isinstance(route, tuple):
+            return self._mixed(frame, route, x, *args, **kwargs)  # type: ignore[arg-type]
+        if route is None or route not in self.edits:
+            return self.base(x, *args, **kwargs)
+        edit: Edit = self.edits[route]  # type: ignore[assignment]
+        x = edit.before(x)
+        return edit.after(x, self.base(x, *args, **kwargs))
+
+    def _mixed(self, frame: Frame, route: tuple[str | None, ...], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Different deltas in one batch: the base once, each edit on its own examples' positions."""
+        assert frame.example_BT is not None
+        if x.shape[:2] != frame.example_BT.shape:
+            raise Incompatible(f"this module sees inputs of shape {tuple(x.shape)}, not (rows, tokens, width); examples cannot be told apart in it")
+        where = {}
+        for name in {n for n in route if n is not None and n in self.edits}:
+            serves = torch.tensor([n == name for n in route] + [False], device=x.device)
+            where[name] = serves[frame.example_BT][..., None]  # index -1 (padding) reads the appended False
+        for name, mask in where.items():
+            x = torch.where(mask, self.edits[name].before(x), x)  # type: ignore[operator]
+        y = self.base(x, *args, **kwargs)
+        for name, mask in where.items():
+            y = torch.where(mask, self.edits[name].after(x, y), y)  # type: ignore[operator]
+        return y
+
+    @torch.no_grad()
+    def fold(self, name: str) -> None:
+        """Write one edit into the base's weight and forget it. Adds in fp32. Raises Incompatible where the edit cannot fold."""
+        weight = self.base.weight
+        transposed = type(self.base).__name__ == "Conv1D"  # GPT-2 keeps (in, out)
+        dense = weight.t() if transposed else weight
+        folded = self.edits[name].fold(dense.float())  # type: ignore[operator]
+        if folded is None:
+            raise Incompatible(f"{type(self.edits[name]).__name__} cannot be folded into a weight")
+        weight.copy_(folded.t() if transposed else folded)
+        del self.edits[name]
+
+
+def site_at(model: nn.Module, path: str) -> Site:
+    """The Site at a module path of the untouched base; made, around the module, where there is none yet."""
+    module = model.get_submodule(path)
+    if isinstance(module, Site):
+        return module
+    site = Site(module)
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, site)
+    return site
+
+
+def sites(model: nn.Module) -> dict[str, Site]:
+    """All sites by the path of the module they stand for."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, Site)}
+
+
+def unwrap(model: nn.Module) -> None:
+    """Give the model its own modules back where no edit is left."""
+    for path, site in sites(model).items():
+        if not site.edits:
+            parent, _, leaf = path.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, site.base)
+
+
+def clean_name(name: str) -> str:
+    """A parameter or module name as it is in the untouched base."""
+    return name.replace(".base.", ".").removesuffix(".base")

@@ -1,0 +1,21 @@
+"""Shared by all tests: two threads, real data where LUTHIER_DATA names it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # tiny.py
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need a network
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data; the test is skipped where there is none."""
+    where = os.environ.get("LUTHIER_DATA")
+    if not where or not Path(where).is_dir():
+        pytest.skip("LUTHIER_DATA names no folder of real data")
+    return Path(where)

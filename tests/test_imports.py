@@ -1,0 +1,169 @@
+"""The law of imports, section 4 of docs/design.md: imports point down."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import luthier
+
+SRC = Path(luthier.__file__).parent
+
+# Who may import whom, of ours. Settings read without torch: errors to run. Everybody may import errors.
+SETTINGS = {"names", "plugins", "runfile", "schema", "config", "run"}
+BASICS = {"core", "nn", "anatomy"}
+LAW: dict[str, set[str]] = {
+    "errors": set(),
+    "names": set(),
+    "runfile": set(),
+    "plugins": {"names"},
+    "schema": {"plugins", "run"},
+    "config": SETTINGS,
+    "run": {"config", "plugins"},
+    "core": set(),
+    "nn": set(),
+    "anatomy": {"core"},
+    "atomic": set(),
+    "log": {"core"},
+    "hub": {"run"},
+    "site": BASICS,
+    "attention": BASICS | {"site"},
+    "generation": BASICS,
+    "policy": BASICS | {"site", "attention", "generation"},
+    "probe": BASICS | {"site", "attention"},
+    "counts": BASICS | {"site", "policy"},
+    "methods": BASICS | {"site", "attention"},
+    "speed": BASICS | {"site", "attention"},
+    "precision": BASICS | {"site"},
+    "place": BASICS | {"site"},
+    "objectives": {"core", "nn"},
+    "data": {"core", "nn"},
+    "tasks": {"core", "nn"},
+    "optim": {"core", "nn"},
+    "train": {"core", "nn", "optim", "policy"},
+    "evaluate": {"core", "nn"},
+    "adapter": {"core", "atomic", "config", "plugins", "policy", "site"},
+    "checkpoint": {"core", "nn", "optim", "policy", "adapter", "atomic"},
+    "merging": {"core", "policy", "site", "adapter"},
+    "build": BASICS | {"site", "attention", "policy", "probe", "hub", "run", "plugins"},
+    "opening": {"core", "hub", "plugins", "policy", "run", "adapter", "build"},
+    "measure": {"core", "data", "evaluate", "objectives", "plugins", "policy", "run"},
+    "progress": {"core", "counts", "measure", "plugins", "train", "session"},
+}
+ANYTHING_BUT_CLI = {"session", "__init__"}
+AXES = ("methods", "objectives", "precision", "place", "tasks", "speed")
+OPTIONAL = {"bitsandbytes", "sacrebleu", "rouge_score", "lm_eval", "tensorboard", "wandb", "trackio"}
+FOR_TESTS_ONLY = {"peft", "trl", "accelerate", "pytest"}
+
+
+def files() -> list[Path]:
+    return sorted(SRC.rglob("*.py"))
+
+
+def top(path: Path) -> str:
+    """The module or folder right below the package that a file belongs to."""
+    return path.relative_to(SRC).with_suffix("").parts[0]
+
+
+def imports(tree: ast.AST, path: Path, *, at_load: bool = False) -> Iterator[tuple[str, bool]]:
+    """(name, ours) of every import: of ours the name right below the package, else the top-level package. ``at_load``: only what importing runs."""
+    for node in loaded(tree) if at_load else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                parts = alias.name.split(".")
+                yield (parts[1], True) if parts[0] == "luthier" and len(parts) > 1 else (parts[0], parts[0] == "luthier")
+        elif isinstance(node, ast.ImportFrom):
+            here = ["luthier", *path.relative_to(SRC).parent.parts]
+            base = here[: len(here) - node.level + 1] if node.level else []
+            whole = base + (node.module.split(".") if node.module else [])
+            for name in [whole] if len(whole) > 1 or whole[0] != "luthier" else [[*whole, a.name] for a in node.names]:
+                yield (name[1], True) if name[0] == "luthier" else (name[0], False)
+
+
+def loaded(tree: ast.AST) -> Iterator[ast.AST]:
+    """The nodes that importing a file executes: no function bodies, nothing for type checkers only."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            continue
+        yield node
+        yield from loaded(node)
+
+
+def parsed() -> list[tuple[Path, ast.Module]]:
+    found = [(f, ast.parse(f.read_text(encoding="utf-8"))) for f in files()]
+    assert len(found) >= 60, f"only {len(found)} files were parsed"
+    return found
+
+
+def test_imports_point_down():
+    seen, wrong = set(), []
+    for path, tree in parsed():
+        where = top(path)
+        seen.add(where)
+        for name, ours in imports(tree, path):
+            if not ours or name in (where, "errors", "__version__"):
+                continue
+            if where in ("cli", "__main__") or (where in ANYTHING_BUT_CLI and name != "cli"):
+                continue
+            assert where in LAW, f"{where} has no line in the law of tests/test_imports.py; say what it may import"
+            if name not in LAW[where]:
+                wrong.append(f"{path.relative_to(SRC)} imports {name}")
+    assert not wrong, "; ".join(wrong)
+    stale = {m for m in LAW if m not in seen and m != "speed"}
+    assert not stale, f"the law speaks of {sorted(stale)}, which are gone"
+
+
+def test_the_law_itself_has_no_circle_but_the_one_of_settings():
+    # config reads run, and run marks its fields with plugins' words and completes itself through config
+    left = {m: {d for d in deps if not {m, d} <= SETTINGS} - {"session"} for m, deps in LAW.items()}
+    while ready := [m for m, deps in left.items() if not deps & left.keys()]:
+        for m in ready:
+            del left[m]
+    assert not left
+
+
+def test_plug_in_folders_do_not_import_one_another():
+    pairs = 0
+    for path, tree in parsed():
+        if top(path) in AXES:
+            for name, ours in imports(tree, path):
+                pairs += ours
+                assert not (ours and name in AXES and name != top(path)), f"{path.relative_to(SRC)} imports {name}"
+    assert pairs >= 10
+
+
+def test_nn_is_pure_mathematics():
+    found = [(path, name) for path, tree in parsed() if top(path) == "nn" for name, _ in imports(tree, path)]
+    assert found
+    assert not [f for f in found if f[1] not in sys.stdlib_module_names | {"torch", "numpy", "nn"}]
+
+
+def test_optional_packages_are_imported_inside_functions_and_the_peers_not_at_all():
+    for path, tree in parsed():
+        assert not {n for n, _ in imports(tree, path, at_load=True)} & OPTIONAL, path
+        assert not {n for n, _ in imports(tree, path)} & FOR_TESTS_ONLY, path
+
+
+def test_settings_and_verbs_load_without_torch():
+    light = SETTINGS | {"errors", "cli", "__init__", "__main__"}
+    heavy, count = [], 0
+    for path, tree in parsed():
+        if top(path) in light:
+            count += 1
+            for name, ours in imports(tree, path, at_load=True):
+                if (name not in light | {"__version__"}) if ours else name in ("torch", "transformers", "datasets", "numpy", "matplotlib"):
+                    heavy.append(f"{path.relative_to(SRC)} imports {name}")
+    assert count >= 12
+    assert not heavy, "; ".join(heavy)
+
+
+def test_importing_luthier_and_asking_for_help_import_no_torch():
+    code = "import sys, luthier.cli as c; c.main(['--help']); bad = {'torch', 'transformers', 'typer', 'yaml'} & {*sys.modules}; sys.exit(str(bad or '') or 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "luthier VERB" in done.stdout

@@ -1,0 +1,99 @@
+"""The flat optimizer against torch's own AdamW, and its state."""
+
+import pytest
+import tiny
+import torch
+
+from luthier.core import LuthierError
+from luthier.methods.full import Method as Full
+from luthier.methods.lora import Method as Lora
+from luthier.optim import Optimizer, default_lr
+
+
+def params(dtype=torch.float32):
+    torch.manual_seed(0)
+    return {"a:w": torch.nn.Parameter(torch.randn(4, 3).to(dtype)), "b:w": torch.nn.Parameter(torch.randn(5).to(dtype))}
+
+
+def step(values, optimizer, seed):
+    g = torch.Generator().manual_seed(seed)
+    loss = sum((p.float() * torch.randn(p.shape, generator=g)).sum() for p in values.values())
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_it_is_adamw_with_decay_on_matrices_only():
+    ours, theirs = params(), params()
+    optimizer = Optimizer(ours, lr=1e-2, weight_decay=0.1)
+    adam = torch.optim.AdamW([{"params": [theirs["a:w"]], "weight_decay": 0.1}, {"params": [theirs["b:w"]], "weight_decay": 0.0}], lr=1e-2)
+    for s in range(5):
+        step(ours, optimizer, s)
+        step(theirs, adam, s)
+    for k in ours:
+        torch.testing.assert_close(ours[k], theirs[k], atol=1e-6, rtol=1e-6)
+
+
+def test_a_pattern_scales_the_learning_rate_and_the_decay():
+    ours, theirs = params(), params()
+    optimizer = Optimizer(ours, lr=1e-2, weight_decay=0.1, patterns={"^a": {"lr": 4.0, "decay": 0.0}})
+    adam = torch.optim.AdamW([{"params": [theirs["a:w"]], "lr": 4e-2}, {"params": [theirs["b:w"]], "lr": 1e-2}], weight_decay=0.0)
+    optimizer.set_lr(1e-2)
+    step(ours, optimizer, 0)
+    step(theirs, adam, 0)
+    for k in ours:
+        torch.testing.assert_close(ours[k], theirs[k], atol=1e-6, rtol=1e-6)
+
+
+def test_16_bit_parameters_accumulate_and_step_in_fp32():
+    """A thousand updates that are each far below bf16's resolution still add up."""
+    p = {"w:w": torch.nn.Parameter(torch.ones(2, 2, dtype=torch.bfloat16))}
+    optimizer = Optimizer(p, lr=1e-4)
+    for _ in range(1000):
+        p["w:w"].float().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert float(p["w:w"][0, 0]) == pytest.approx(0.9, abs=0.01)
+    assert p["w:w"].grad is None and optimizer.seen == {"w:w"}
+
+
+def test_saved_state_continues_bit_for_bit():
+    a, b = params(), params()
+    one, two = Optimizer(a, lr=1e-2, weight_decay=0.1), Optimizer(b, lr=1e-2, weight_decay=0.1)
+    for s in range(3):
+        step(a, one, s)
+    tensors, scalars = one.state_dict()
+    two.load_state_dict({k: v.clone() for k, v in tensors.items()}, scalars)
+    for s in range(3, 6):
+        step(a, one, s)
+        step(b, two, s)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_state_of_other_parameters_is_refused():
+    one = Optimizer(params(), lr=1e-2)
+    tensors, scalars = one.state_dict()
+    with pytest.raises(LuthierError, match="trains other parameters"):
+        one.load_state_dict({k: v for k, v in tensors.items() if "b:w" not in k}, scalars)
+
+
+def test_default_learning_rates_follow_width_and_method():
+    assert default_lr(Full(), 768)[0] == pytest.approx(5e-5)
+    assert default_lr(Full(), 4096)[0] == pytest.approx(1e-5)
+    assert default_lr(Lora(), 4096)[0] == pytest.approx(1e-4)
+    lr, why = default_lr(Lora(), 256)
+    assert lr == pytest.approx(10 * default_lr(Full(), 256)[0]) and "width 256" in why
+
+
+def test_nothing_to_train_is_an_error():
+    with pytest.raises(LuthierError, match="nothing to train"):
+        Optimizer({}, lr=1e-3)
+
+
+def test_the_optimizer_owns_the_parameters_memory():
+    base = tiny.base("llama")
+    delta = Lora().attach(base, "d")
+    optimizer = Optimizer(delta.params, lr=1e-3)
+    with torch.no_grad():
+        optimizer.groups[0].master.fill_(2.0)
+    assert all(bool((p == 2).all()) for p in delta.params.values())
