@@ -132,9 +132,10 @@ def markdown(document: dict[str, Any]) -> str:
         "start, optimizer and learning rate, when the CPU was idle, with the machine's own matrix-product rate taken before and after. "
         "Repetitions stand side by side, so that noise is seen. Speed is quoted only where step 1 equals a plain fp32 PyTorch reference: loss within "
         f"{LOSS_TOLERANCE:g} relative, cosine of the adapter gradients above {COSINE}.",
-        "*Distance to the limit* is the time of a step over the time its useful operations take at the measured rate of bfloat16 matrix products: no padding, no "
-        "recomputation, no unlabelled logits count as useful, and nothing but matrix products and attention is allowed any time. The same denominator serves every "
-        "column. Step 1 is left out of the other figures. Memory is the peak resident set of the process, model loading included.",
+        "*Distance to the limit* is the time of a step over the time its useful operations take at the measured rate of bfloat16 matrix products: "
+        "no padding, no recomputation, no unlabelled logits count as useful, and nothing but matrix products and attention is allowed any time. "
+        "The same denominator serves every column. Step 1 is left out of the other figures. Memory is the peak resident set of the process, "
+        "model loading included.",
         f"{document['date']} · {m['cpu']}, {m['cores']} cores, {m['memory_gib']} GiB · {m['system']}, Python {m['python']} · "
         + ", ".join(f"{p} {v}" for p, v in m["packages"].items())
         + (f" · commit {m['commit']}" if m["commit"] else ""),

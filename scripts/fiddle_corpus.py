@@ -148,7 +148,12 @@ def main() -> None:
             made += len(document)
         held_drills = [make() for _ in range(200)]
         (args.out / "heldout" / f"{name}.txt").write_text(f"\n{SEPARATOR}\n".join(held_drills) + "\n", encoding="utf-8")
-        report[name] = {"licence": "generated", "documents": sum(n == name for n, _ in mixed), "times": 1, "heldout_bytes": sum(len(p.encode()) for p in held_drills)}
+        report[name] = {
+            "licence": "generated",
+            "documents": sum(n == name for n, _ in mixed),
+            "times": 1,
+            "heldout_bytes": sum(len(p.encode()) for p in held_drills),
+        }
 
     rng.shuffle(mixed)
     for name, document in mixed:
@@ -163,7 +168,8 @@ def main() -> None:
             shard, number, size = [], number + 1, 0
     (args.out / "corpus.json").write_text(json.dumps({"seed": args.seed, "sources": report}, indent=1) + "\n")
     for name, facts in report.items():
-        print(f"{name:24} {facts['train_bytes'] / 1e6:7.2f} MB train   {facts['heldout_bytes'] / 1e3:6.0f} kB held out   {facts['documents']:6d} documents x{facts['times']}")
+        sizes = f"{facts['train_bytes'] / 1e6:7.2f} MB train   {facts['heldout_bytes'] / 1e3:6.0f} kB held out"
+        print(f"{name:24} {sizes}   {facts['documents']:6d} documents x{facts['times']}")
     print(f"{'in all':24} {sum(f['train_bytes'] for f in report.values()) / 1e6:7.2f} MB in {number} files")
 
 

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 END = "<|end|>\n"
 
@@ -35,7 +36,7 @@ class Words:
         common = [w for w, n in lower.most_common(7000)][120:]
         split = [re.split(r"(?<=[.!?]) (?=[A-Z])", p) for p in sample.split("\n") if p and not re.search(r'["\[\]<>]', p)]
         good = [[s for s in p if 25 < len(s) < 220] for p in split]
-        pairs = [(a, b) for p in good for a, b in zip(p, p[1:], strict=False)]
+        pairs = [(a, b) for p in good for a, b in pairwise(p)]
         return cls(common, names, [s for p in good for s in p], pairs, list(stories))
 
 
@@ -58,7 +59,8 @@ SCHEMAS: list[tuple[dict[str, str], list[str]]] = [
     (
         {"house": "n", "owner": "n", "rooms": "d", "garden": "w", "door": "w", "built": "y", "price": "d"},
         [
-            "{house} House belongs to {owner}|, has {rooms} rooms|, a {garden} garden| and a {door} door|. It was built in {built}| and sold for {price} pounds|.",
+            "{house} House belongs to {owner}|, has {rooms} rooms|, a {garden} garden| and a {door} door"
+            "|. It was built in {built}| and sold for {price} pounds|.",
             "Built in {built}|, {house} House has {rooms} rooms|, a {door} door| and a {garden} garden|; {owner} bought it| for {price} pounds|.",
         ],
     ),
@@ -189,7 +191,9 @@ class Drills:
         r = self.rng
         first, second = r.choice(self.words.pairs)
         text = first if r.random() < 0.4 else f"{first} {second}"
-        frame = r.choice(['{0}\n\n"{0}"', "{0}\n{0}", '{1} read it aloud: "{0}" Then {2} read it again: "{0}"', '"{0}" said {1}. "{0}" said {2}.', "1. {0}\n2. {0}\n3. {0}"])
+        frame = r.choice(
+            ['{0}\n\n"{0}"', "{0}\n{0}", '{1} read it aloud: "{0}" Then {2} read it again: "{0}"', '"{0}" said {1}. "{0}" said {2}.', "1. {0}\n2. {0}\n3. {0}"]
+        )
         return frame.format(text, self.name(), self.name())
 
     def lookup(self) -> str:
@@ -223,7 +227,10 @@ class Drills:
 
     def ask_next(self) -> list[tuple[str, str]]:
         first, second = self.rng.choice(self.words.pairs)
-        return [("user", self.rng.choice(["Continue: {}", "What comes next? {}", "Go on: {}", "Continue this text.\n\n{}"]).format(first)), ("assistant", second)]
+        return [
+            ("user", self.rng.choice(["Continue: {}", "What comes next? {}", "Go on: {}", "Continue this text.\n\n{}"]).format(first)),
+            ("assistant", second),
+        ]
 
     def ask_repeat(self) -> list[tuple[str, str]]:
         r = self.rng
@@ -269,12 +276,20 @@ class Drills:
     def ask_story(self) -> list[tuple[str, str]]:
         story = self.rng.choice(self.words.stories)
         about = self.rng.choice(re.findall(r"(?<=[a-z] )[A-Z][a-z]{2,}|(?<= a )[a-z]{3,}", story) or ["a day"])
-        return [("user", self.rng.choice(["Tell me a story about {}.", "A story about {}, please.", "Write a story. It has {} in it."]).format(about)), ("assistant", story)]
+        return [
+            ("user", self.rng.choice(["Tell me a story about {}.", "A story about {}, please.", "Write a story. It has {} in it."]).format(about)),
+            ("assistant", story),
+        ]
 
     def ask_tool(self) -> list[tuple[str, str]]:
         key, name, value = self.word(), self.name(), self.value(self.rng.choice("wyd"))
         call = f'{{"name": "look_up", "arguments": {{"what": "{key}", "of": "{name}"}}}}'
-        return [("user", f"What is the {key} of {name}?"), ("assistant", call), ("tool", f'{{"{key}": "{value}"}}'), ("assistant", f"The {key} of {name} is {value}.")]
+        return [
+            ("user", f"What is the {key} of {name}?"),
+            ("assistant", call),
+            ("tool", f'{{"{key}": "{value}"}}'),
+            ("assistant", f"The {key} of {name} is {value}."),
+        ]
 
 
 SYSTEM = [

@@ -3,10 +3,10 @@
 import json
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+import tiny
 from luthier import adapter
 from luthier.core import Incompatible, LuthierError
 from luthier.merging import logits, merge
@@ -51,7 +51,9 @@ def test_an_adapter_of_ours_opens_in_peft_with_equal_logits(tmp_path, family, ho
 def test_an_adapter_of_peft_opens_here_with_equal_logits(tmp_path, family, rslora):
     peft = pytest.importorskip("peft")
     targets = ["q_proj", "down_proj"] if family == "llama" else ["c_attn", "c_fc"]
-    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, use_rslora=rslora, fan_in_fan_out=family == "gpt2", task_type="CAUSAL_LM", init_lora_weights=False)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=targets, use_rslora=rslora, fan_in_fan_out=family == "gpt2", task_type="CAUSAL_LM", init_lora_weights=False
+    )
     theirs = peft.get_peft_model(tiny.model(family).eval(), config).eval()
     theirs.save_pretrained(tmp_path / "a")
     policy = adapter.load(tiny.base(family), tmp_path / "a").eval()

@@ -1,9 +1,9 @@
 """Families: what targets mean, and heads as the models themselves make them."""
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from luthier import counts
 from luthier.anatomy import Anatomy, trunk
 from luthier.core import Incompatible

@@ -179,6 +179,7 @@ def test_anchors_and_merged_mappings_work(tmp_path):
         ("optim.lr=0", "optim.lr=0: found 0, accepted is a number, above 0 and at most 1"),
         ("optim.lr=.nan", "optim.lr=.nan: found nan, accepted is a number"),
         ("optim.epochs=.inf", "found inf, accepted is a number, above 0"),
+        ("method.alpha=.inf", "method.alpha=.inf: found inf, accepted is a number"),
         ("optim.lr=fast", "optim.lr=fast: found 'fast', accepted is a number"),
         ("optim.steps=1.5", "optim.steps=1.5: found 1.5, accepted is a whole number, at least 1"),
         ("seed=true", "seed=true: found true, accepted is a whole number, at least 0"),

@@ -81,7 +81,11 @@ def batch(sums, units):
 def test_held_out_loss_is_the_sum_over_batches_divided_once():
     policy = Constant()
     policy.train()
-    found = loss_on(policy, objective({"tokens": 1.0, "labels": 0.5}), [batch({"tokens": 30.0, "labels": 2.0}, {"tokens": 10, "labels": 1}), batch({"tokens": 10.0}, {"tokens": 10})])
+    found = loss_on(
+        policy,
+        objective({"tokens": 1.0, "labels": 0.5}),
+        [batch({"tokens": 30.0, "labels": 2.0}, {"tokens": 10, "labels": 1}), batch({"tokens": 10.0}, {"tokens": 10})],
+    )
     assert found.terms == {"tokens": 2.0, "labels": 2.0}
     assert found.value == 3.0 and found.n == 21 and found.counts == {"tokens": 20, "labels": 1}
     assert found.bits_per_byte(80) == pytest.approx(40 / math.log(2) / 80)

@@ -3,9 +3,9 @@
 import json
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from luthier import build
 from luthier.core import LuthierError
 from luthier.generation import choose
@@ -62,8 +62,10 @@ def test_a_stop_token_ends_its_row_and_the_others_go_on():
 
 def test_top_k_and_top_p_leave_only_the_likeliest():
     logp = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+
     def draws():
         return [torch.Generator().manual_seed(n) for n in range(200)]
+
     many = logp.expand(200, 4)
     assert set(choose(many, draws(), 1.0, 2, 1.0).tolist()) == {0, 1}
     assert set(choose(many, draws(), 1.0, 0, 0.6).tolist()) == {0, 1}

@@ -1,9 +1,9 @@
 """The flat optimizer against torch's own AdamW, and its state."""
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from luthier.core import LuthierError
 from luthier.methods.full import Method as Full
 from luthier.methods.lora import Method as Lora

@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file
 
+import tiny
 from luthier import adapter, checkpoint
 from luthier.config import load_run
 from luthier.core import LuthierError
@@ -91,7 +91,9 @@ def test_the_same_seed_twice_is_the_same_bits_and_another_is_not(home, tmp_path)
     assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
 
 
-@pytest.mark.parametrize(("method", "objective", "data"), [("lora", "sft", "data.jsonl"), ("full", "sft", "data.jsonl"), ("lora", "text", "text.txt"), ("full", "text", "text.txt")])
+@pytest.mark.parametrize(
+    ("method", "objective", "data"), [("lora", "sft", "data.jsonl"), ("full", "sft", "data.jsonl"), ("lora", "text", "text.txt"), ("full", "text", "text.txt")]
+)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_every_combination_trains_saves_and_reopens(home, tmp_path, method, objective, data, precision):
     from luthier.opening import load
@@ -189,8 +191,8 @@ def test_a_full_disk_is_found_before_the_start(home, tmp_path, monkeypatch):
 
 def command(home, out, *more, resume=None):
     what = ["--resume", str(resume)] if resume else [str(home / "data.jsonl"), "--model", str(home / "base")]
-    fixed = [] if resume else [f"out={out}", "name=r", "precision=float32", "optim.steps=12", "optim.batch_tokens=300", "optim.lr=1e-2",
-                               "evaluate.every_steps=4", "checkpoint.every_steps=1", "evaluate.sample_tokens=4", "method.dropout=0.1", "place.threads=1"]  # fmt: skip
+    shape = "optim.steps=12 optim.batch_tokens=300 optim.lr=1e-2 evaluate.every_steps=4 checkpoint.every_steps=1 evaluate.sample_tokens=4 method.dropout=0.1"
+    fixed = [] if resume else [f"out={out}", "name=r", "precision=float32", *shape.split()]
     return [sys.executable, "-m", "luthier", "train", *what, *fixed, *more]
 
 
@@ -230,7 +232,9 @@ def _finish(home, tmp_path):
 
 def _compare(tmp_path):
     assert same(weights(tmp_path / "whole" / "r"), weights(tmp_path / "cut" / "r"))
-    losses = [[(x["event"], x["step"], x["loss"]) for x in map(json.loads, (tmp_path / d / "r" / "metrics.jsonl").read_text().splitlines())] for d in ("whole", "cut")]
+    losses = [
+        [(x["event"], x["step"], x["loss"]) for x in map(json.loads, (tmp_path / d / "r" / "metrics.jsonl").read_text().splitlines())] for d in ("whole", "cut")
+    ]
     assert losses[0] == losses[1]
 
 

@@ -118,9 +118,7 @@ def tokenizer():
     out = PreTrainedTokenizerFast(
         tokenizer_object=inner, eos_token="<eos>", pad_token="<pad>", additional_special_tokens=["<user>", "<assistant>", "<end>"], model_max_length=512
     )
-    out.chat_template = (
-        "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-    )
+    out.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
     return out
 
 
@@ -128,7 +126,9 @@ def folder(path, seed: int = 0, positions: int = 512):
     """Write a tiny Llama with its tokenizer to a folder, as a user's own base."""
     torch.manual_seed(seed)
     made = tokenizer()
-    config = LlamaConfig(**(_COMMON | {"vocab_size": len(made), "max_position_embeddings": positions, "eos_token_id": 0, "pad_token_id": 1, "bos_token_id": None}))
+    config = LlamaConfig(
+        **(_COMMON | {"vocab_size": len(made), "max_position_embeddings": positions, "eos_token_id": 0, "pad_token_id": 1, "bos_token_id": None})
+    )
     LlamaForCausalLM(config).save_pretrained(path)
     made.save_pretrained(path)
     return path

@@ -100,8 +100,42 @@ def describe(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return config, ours
 
 
+def artefact(path: Path) -> Path | None:
+    """The adapter or model folder that a path stands for; a run's folder stands for what it made. None: no folder."""
+    if not path.is_dir():
+        return None
+    for name in ("adapter", "model"):
+        if (path / "run.yaml").is_file() and (path / name).is_dir():
+            return path / name
+    if (path / "run.yaml").is_file():
+        raise LuthierError(f"{path}: this run has not finished, so it has no adapter yet; go on with it: luthier train --resume {path}")
+    return path
+
+
+def start_from(policy: Policy, where: str) -> None:
+    """Set a freshly attached delta to a saved one (method.from). Raises LuthierError where they are not of one kind and size."""
+    folder = artefact(Path(where).expanduser())
+    if folder is None:
+        raise LuthierError(f"method.from: there is no folder {where!r}; name an adapter's or a run's folder")
+    method, values = read_delta(policy.base, folder)
+    if kind_of(method) != kind_of(policy.method):
+        raise LuthierError(f"method.from: {folder} holds a delta of {kind_of(method)}, and this run's method is {kind_of(policy.method)}")
+    scales = [getattr(m, "scale", None) for m in (method, policy.method)]
+    if scales[0] != scales[1]:
+        raise LuthierError(f"method.from: the saved delta is scaled by {scales[0]:g} and this run's by {scales[1]:g}; set the same rank, alpha and scaling")
+    restore(policy, values, f"method.from: {folder}")
+
+
 def load(base: Base, folder: Path, *, name: str = "default") -> Policy:
     """Attach a saved delta to a base. Raises LuthierError where it is damaged or belongs to another base."""
+    method, values = read_delta(base, folder)
+    policy = Policy(base, method.attach(base, name), method=method, name=name)
+    restore(policy, values, str(folder))
+    return policy
+
+
+def read_delta(base: Base, folder: Path) -> tuple[Method, dict[str, Tensor]]:
+    """The method of a saved delta, and its tensors. Raises LuthierError where it is damaged or belongs to another base."""
     config, ours = describe(folder)
     theirs = (ours.get("base") or {}).get("hash")
     if theirs and base.hash and theirs != base.hash:
@@ -120,15 +154,12 @@ def load(base: Base, folder: Path, *, name: str = "default") -> Policy:
         method, values = reader(config, tensors)
         if ours.get("method"):
             method = read_method(ours["method"])
-    delta = method.attach(base, name)
-    policy = Policy(base, delta, method=method, name=name)
-    restore(policy, values, str(folder))
-    return policy
+    return method, values
 
 
 def read_method(tree: dict[str, Any]) -> Method:
     """A method from its saved fields."""
-    tree = dict(tree)
+    tree = {k: v for k, v in tree.items() if k != "from"}  # where it came from is history, not how to attach it
     return read(plugin("methods", tree.pop("kind")), tree, "luthier.json: method")
 
 
@@ -164,4 +195,6 @@ def _verify(path: Path, written: dict[str, Tensor]) -> None:
     back = read_tensors(path)
     wrong = [k for k, v in written.items() if k not in back or not torch.equal(back[k], v)]
     if wrong or len(back) != len(written):
-        raise LuthierError(f"{path}: what was read back is not what was written ({len(wrong)} tensors differ, for example {wrong[:1]}); the disk may be failing")
+        raise LuthierError(
+            f"{path}: what was read back is not what was written ({len(wrong)} tensors differ, for example {wrong[:1]}); the disk may be failing"
+        )

@@ -68,7 +68,7 @@ def is_linear(module: nn.Module) -> bool:
 def features(module: nn.Module) -> tuple[int, int]:
     """(in, out) of a linear layer."""
     if type(module).__name__ == "Conv1D":
-        return module.weight.shape[0], module.weight.shape[1]  # type: ignore[index, union-attr]
+        return module.weight.shape[0], module.weight.shape[1]  # type: ignore[return-value, index]
     return module.in_features, module.out_features  # type: ignore[return-value]
 
 

@@ -43,7 +43,7 @@ def attend(
         if attention_mask is None and query.shape[2] > 1:
             attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril(key.shape[2] - query.shape[2])
         return _capped(query, key, value, attention_mask, dropout, scaling, softcap).transpose(1, 2).contiguous(), None
-    how = {"dropout": dropout, "scaling": scaling, "window": sliding_window, "softcap": softcap}
+    how: dict[str, Any] = {"dropout": dropout, "scaling": scaling, "window": sliding_window, "softcap": softcap}
     if frame.segments.plain:  # padding stands to the right of every token, so a causal row never sees it
         return _causal(query, key, value, **how).transpose(1, 2), None
     B, H, T, d = query.shape
@@ -70,12 +70,11 @@ def plan(segments: Segments, total: int, width: int, device: torch.device) -> tu
         size = 32
         while size < n and size < MERGE_BELOW:
             size *= 2
-        buckets.setdefault(size if n <= size else n, []).append(s)
+        buckets.setdefault(size if n <= size else -(-n // 64) * 64, []).append(s)
     first = segments.first(width)
     back = torch.zeros(total, dtype=torch.long)  # positions of padding read result 0
     out, base = [], 0
-    for members in buckets.values():
-        longest = max(lengths[s] for s in members)
+    for longest, members in buckets.items():  # few distinct widths, so that kernels are generated once
         offset = torch.arange(longest).expand(len(members), longest)
         length = segments.length[members][:, None]
         index = first[members][:, None] + torch.minimum(offset, length - 1)

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
-from . import attention, probe
+from . import adapter, attention, probe
 from .anatomy import Anatomy
 from .core import Base, Incompatible, LuthierError, Method, Objective, Place, Precision
 from .hub import fingerprint, locate
@@ -115,6 +115,8 @@ def assemble(run: Run, base: Base | None = None, *, name: str = "default") -> tu
         base = load(run.model, precision=run.precision, device=place.device, trains_base=method.edits == "weights")
     delta = method.attach(base, name)
     policy = Policy(base, delta, method=method, name=name, heads=objective.heads(base))
+    if getattr(method, "from_", None) and base.model.device.type != "meta":
+        adapter.start_from(policy, method.from_)  # type: ignore[attr-defined]
     if run.recompute == "blocks":
         base.model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": restoring})
     if base.model.device.type != "meta":
@@ -159,7 +161,9 @@ def _open(folder: Path, config: Any, dtype: torch.dtype, model: Model) -> Any:
     )
     if info["missing_keys"]:
         odd = sorted(info["missing_keys"])
-        raise LuthierError(f"{folder}: {len(odd)} weights are missing from the files and would be random, for example {odd[0]!r}; the download may be incomplete")
+        raise LuthierError(
+            f"{folder}: {len(odd)} weights are missing from the files and would be random, for example {odd[0]!r}; the download may be incomplete"
+        )
     if info["mismatched_keys"]:
         raise LuthierError(f"{folder}: config.json and the weights disagree on shapes, for example {sorted(info['mismatched_keys'])[0]}")
     return lm

@@ -96,7 +96,7 @@ def size(policy: Policy, optimizer: Optimizer) -> int:
 def random_state() -> dict[str, Tensor]:
     """All generators' states as tensors."""
     version, words, gauss = random.getstate()
-    kind, keys, position, has, value = np.random.get_state()  # type: ignore[misc]
+    _, keys, position, has, value = np.random.get_state()  # type: ignore[misc]
     out = {
         "python": torch.tensor([version, *words], dtype=torch.int64),
         "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),

@@ -83,8 +83,17 @@ def plain(settings: Any) -> dict[str, Any]:
     for name, hint in hints(type(settings)).items():
         value = getattr(settings, name)
         kind = {"kind": kind_of(value)} if unwrap(hint)[1] is not None and dataclasses.is_dataclass(value) else {}
-        out[name] = kind | plain(value) if dataclasses.is_dataclass(value) else list(value) if isinstance(value, tuple) else value
+        out[spelled(name)] = kind | plain(value) if dataclasses.is_dataclass(value) else list(value) if isinstance(value, tuple) else value
     return out
+
+
+def spelled(field: str) -> str:
+    """A setting's key: `from_` is written `from`, which no Python field can be called."""
+    return field.removesuffix("_")
+
+
+class _Own(dict[str, Any]):
+    """A settings object's fields, by their Python names."""
 
 
 def dump(run: Any) -> str:
@@ -160,23 +169,25 @@ class _Reader:
 
     def fields(self, cls: type[T], value: Any, path: Key, name: str = "") -> T:
         """A dataclass from a mapping of its fields."""
-        value = _shallow(value) if isinstance(value, cls) else value
+        value = _Own(_shallow(value)) if isinstance(value, cls) else value
         if not isinstance(value, Mapping):
             short = getattr(cls, "shorthand", None)
             if short is None or value is None:
                 raise self.error(path, f"found {_found(value)}, accepted are the keys {_names(hints(cls))}")
             value = {short: value}
-        defaults = {f.name: f.default for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        defaults = {spelled(f.name): f.default for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        value = {spelled(k): v for k, v in value.items()} if isinstance(value, _Own) else value
         for key in value:
             if key not in defaults:
                 raise self.unknown(cls, key, path, name)
         for f in dataclasses.fields(cls):  # type: ignore[arg-type]
-            if f.name not in value and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            if spelled(f.name) not in value and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
                 raise self.error((*path, f.name), f"must be given. {sentences(cls).get(f.name, '')}".strip())
         ready = {}
-        for key, hint in hints(cls).items():
+        for field, hint in hints(cls).items():
+            key = spelled(field)
             if key in value:
-                ready[key] = self.value(hint, value[key], (*path, key), defaults[key], sentences(cls).get(key, ""))
+                ready[field] = self.value(hint, value[key], (*path, key), defaults[key], sentences(cls).get(field, ""))
         try:
             return cls(**ready)
         except ConfigError:
@@ -218,7 +229,7 @@ class _Reader:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         ready: Any = None
         if cls is str:
-            ready = str(value) if value is not None else None
+            ready = value if isinstance(value, str) else raw if value is not None else None
         elif cls is bool:
             ready = value if isinstance(value, bool) else _YES_NO.get(str(value).lower())
         elif is_number and math.isfinite(value) and (cls is float or float(value).is_integer()):
@@ -268,20 +279,21 @@ class _Reader:
         """The error for a key nothing is called: with the right name, if one can be guessed."""
         here = ".".join(map(str, path))
         full, key = (*path, key), str(key)
-        mine = [f"{here}.{n}" if here else n for n in hints(cls)]
+        own = [spelled(n) for n in hints(cls)]
+        mine = [f"{here}.{n}" if here else n for n in own]
         if ":" in key:
             return self.error(full, f"unknown key; write `{key.split(':')[0]}: {key.split(':', 1)[1].strip()}`, with a space after the colon")
         if "." in key:
             return self.error(full, f"unknown key; in a file, nest it: `{key.split('.')[0]}: {{{key.split('.', 1)[1]}: ...}}`")
-        near = nearest(key, hints(cls), 0.6)
-        found = [mine[list(hints(cls)).index(near)]] if near and near.lower() == key.lower().replace("-", "_") else []
+        near = nearest(key, own, 0.6)
+        found = [mine[own.index(near)]] if near and near.lower() == key.lower().replace("-", "_") else []
         theirs = foreign(key) if not self.where else None
         found = found or [p for p in self.everywhere().get(key, []) if p not in mine] or ([theirs] if theirs and theirs != here else [])
-        found = found or ([mine[list(hints(cls)).index(near)]] if near else [])
+        found = found or ([mine[own.index(near)]] if near else [])
         if not found and (far := nearest(key, self.everywhere(), 0.8)):
             found = self.everywhere()[far]
         owner = f"{name} has no such key" if name else "unknown key"
-        accepted = _names(hints(cls)) or "none"
+        accepted = _names(own) or "none"
         return self.error(full, f"{owner}; did you mean {' or '.join(found)}?" if found else f"{owner}; accepted: {accepted}")
 
     def everywhere(self) -> dict[str, list[str]]:

@@ -60,8 +60,8 @@ class Segments:
         return out_BT
 
     def positions(self, shape: tuple[int, int]) -> Tensor:
-        """(B, T): positions that restart at 0 in every example; on padding they are whatever."""
-        out_BT = torch.arange(shape[1]).repeat(shape[0], 1)
+        """(B, T): positions that restart at 0 in every example; 0 on padding."""
+        out_BT = torch.zeros(shape, dtype=torch.long)
         for b, t, n in zip(self.row.tolist(), self.start.tolist(), self.length.tolist(), strict=True):
             out_BT[b, t : t + n] = torch.arange(n)
         return out_BT
@@ -120,16 +120,21 @@ class Batch(Stream):
         return self
 
 
+# Widths are rounded up to these. On CPU every new shape of a bf16 product costs megabytes of generated code that is never given back
+# (12 MB a shape on a 4-layer model), and batches of real text never repeat a width by themselves.
+PACKED_MULTIPLE, PADDED_MULTIPLE = 64, 16
+
+
 def lay_out(rows: Sequence[Row], pad: int, packed: bool) -> tuple[Tensor, Tensor, Segments]:
     """Put examples into a stream: ids (B, T), shifted targets (B, T), segments.
 
-    ``packed``: all examples in one row, end to end, without any padding. Otherwise one example a row, padded on the right.
+    ``packed``: all examples in one row, end to end, padding only behind the last. Otherwise one example a row, padded on the right.
     The target at a position is the next token of the same example where that token is trained, else IGNORE.
     """
     lengths = [len(r) for r in rows]
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]) if packed else np.zeros(len(rows), dtype=np.int64)
     which = np.zeros(len(rows), dtype=np.int64) if packed else np.arange(len(rows))
-    shape = (1, sum(lengths)) if packed else (len(rows), max(lengths))
+    shape = (1, _up(sum(lengths), PACKED_MULTIPLE)) if packed else (len(rows), _up(max(lengths), PADDED_MULTIPLE))
     ids_BT, targets_BT = np.full(shape, pad, dtype=np.int64), np.full(shape, IGNORE, dtype=np.int64)
     for r, b, t in zip(rows, which, starts, strict=True):
         ids_BT[b, t : t + len(r)] = r.ids
@@ -144,6 +149,10 @@ class Loss:
 
     sums: dict[str, Tensor]
     metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # (sum, count)
+
+
+def _up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
 
 
 def next_token_batch(rows: Sequence[Row], *, pad: int, packed: bool) -> Batch:
@@ -179,6 +188,7 @@ class Precision(Protocol):
 
     packed: ClassVar[bool]
     dtype: torch.dtype  # of what is not packed, and of the activations
+
 
 @dataclass
 class Base:
@@ -233,10 +243,10 @@ class Method(Protocol):
 class Objective(Protocol):
     """What the loss is. Reads hidden states, returns sums."""
 
-    terms: Mapping[str, float]  # unit name -> weight
-    needs: frozenset[str]  # of {"reference", "rollouts"}
-    couples: bool  # the loss depends on batch-mates
-    renders: Literal["text", "chat"]  # how data/render.py turns records into rows for it
+    terms: ClassVar[Mapping[str, float]]  # unit name -> weight
+    needs: ClassVar[frozenset[str]]  # of {"reference", "rollouts"}
+    couples: ClassVar[bool]  # the loss depends on batch-mates
+    renders: ClassVar[Literal["text", "chat"]]  # how data/render.py turns records into rows for it
 
     def heads(self, base: Base) -> dict[str, nn.Module]: ...
     def collate(self, rows: Sequence[Row], *, pad: int, packed: bool) -> Batch: ...
@@ -258,7 +268,8 @@ class Policy(Protocol):
 class Feed(Protocol):
     """The micro-batches of one optimizer step at a time; the same number on every rank."""
 
-    steps: int | None
+    @property
+    def steps(self) -> int | None: ...
 
     def __iter__(self) -> Iterator[list[Batch]]: ...
     def __next__(self) -> list[Batch]: ...

@@ -28,14 +28,15 @@ def table(policy: Policy) -> list[Count]:
     for key, p in policy.delta.params.items():
         path = key.partition(":")[0]
         by_path[path] = by_path.get(path, 0) + p.numel()
-    out: dict[tuple, list] = {}
+    out: dict[tuple[str, tuple[int, int] | None, int, int], list[str]] = {}
     for path, trained in by_path.items():
         module = policy.lm.get_submodule(path)
         module = module.base if isinstance(module, Site) else module
-        shape = features(module)[::-1] if is_linear(module) else None
+        n_in, n_out = features(module) if is_linear(module) else (0, 0)
+        shape = (n_out, n_in) if is_linear(module) else None
         whole = sum(p.numel() for p in module.parameters(recurse=is_linear(module)))
-        key = (re.sub(r"\.\d+\.", ".*.", path), shape, trained, whole)
-        out.setdefault(key, []).append(path)
+        kind = (re.sub(r"\.\d+\.", ".*.", path), shape, trained, whole)
+        out.setdefault(kind, []).append(path)
     return [Count(name, shape, len(paths), trained, whole) for (name, shape, trained, whole), paths in out.items()]
 
 

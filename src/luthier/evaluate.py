@@ -10,7 +10,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -19,6 +19,14 @@ from .core import Batch, LuthierError, Objective, Task
 from .nn import intervals
 
 Row = Mapping[str, Any]
+
+
+@runtime_checkable
+class Pooled(Task, Protocol):
+    """A task whose score over many rows is that of their summed statistics."""
+
+    def statistics(self, row: Row, answer: str) -> np.ndarray: ...  # (K,)
+    def corpus(self, sums_RK: np.ndarray) -> Mapping[str, np.ndarray]: ...  # name -> (R,), for R resamples
 
 
 @dataclass(frozen=True)
@@ -51,10 +59,10 @@ def score(generate: Callable[[Sequence[Row]], Sequence[str]], task: Task, rows: 
         for name, value in task.score(row, answer).items():
             values[name].append(float(value))
     out = {name: _score(intervals.mean(np.array(v), seed=seed)) for name, v in values.items()}
-    if hasattr(task, "corpus"):
+    if isinstance(task, Pooled):
         stats_NK = np.stack([task.statistics(row, answer) for row, answer in zip(rows, answers, strict=True)])
         for name in task.corpus(stats_NK.sum(0, keepdims=True)):
-            out[name] = _score(intervals.bootstrap(stats_NK, lambda sums, name=name: task.corpus(sums)[name], seed=seed))
+            out[name] = _score(intervals.bootstrap(stats_NK, _named(task, name), seed=seed))
     return out
 
 
@@ -65,11 +73,15 @@ def compare(task: Task, rows: Sequence[Row], before: Sequence[str], after: Seque
     for name in per_row[0][0] if rows else ():
         a_N2, b_N2 = (np.array([[s[name], 1.0] for s in side]) for side in per_row)
         out[name] = _score(intervals.paired(a_N2, b_N2, intervals.ratio_of_sums, seed=seed))
-    if hasattr(task, "corpus") and rows:
+    if isinstance(task, Pooled) and rows:
         a_NK, b_NK = (np.stack([task.statistics(row, a) for row, a in zip(rows, answers, strict=True)]) for answers in (before, after))
         for name in task.corpus(a_NK.sum(0, keepdims=True)):
-            out[name] = _score(intervals.paired(a_NK, b_NK, lambda sums, name=name: task.corpus(sums)[name], seed=seed))
+            out[name] = _score(intervals.paired(a_NK, b_NK, _named(task, name), seed=seed))
     return out
+
+
+def _named(task: Pooled, name: str) -> intervals.Statistic:
+    return lambda sums_RK: task.corpus(sums_RK)[name]
 
 
 def _score(found: intervals.Interval) -> Score:

@@ -25,7 +25,9 @@ def locate(model: Model, *, weights: bool = True) -> Path:
     elif Path(model.id).expanduser().is_dir():
         folder = Path(model.id).expanduser()
     elif _looks_like_path(model.id):
-        raise LuthierError(f"model.id: there is no folder {model.id!r}{_nearest(model.id)}; accepted are fiddle, a folder with config.json, or a Hub id (owner/name)")
+        raise LuthierError(
+            f"model.id: there is no folder {model.id!r}{_nearest(model.id)}; accepted are fiddle, a folder with config.json, or a Hub id (owner/name)"
+        )
     else:
         folder = _fetch(model, weights)
     if not (folder / "config.json").is_file():
@@ -55,7 +57,7 @@ def fingerprint(folder: Path, *, random: bool = False) -> str:
 
 
 def _looks_like_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "/" not in name or os.sep != "/" and os.sep in name
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "/" not in name or (os.sep != "/" and os.sep in name)
 
 
 def _nearest(name: str) -> str:

@@ -186,5 +186,3 @@ def answer(
         if say is not None:
             say.tick(label, min(start + ANSWER_ROWS, len(order)), len(order))
     return out
-
-

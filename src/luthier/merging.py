@@ -58,7 +58,8 @@ def merge(policy: Policy, folder: Path, *, extra: dict[str, Any] | None = None) 
 def probe_ids(policy: Policy) -> list[list[int]]:
     """Token ids of a few texts, or made-up ones where there is no tokenizer."""
     if policy.base.tokenizer is None:
-        return [[i % policy.lm.config.vocab_size for i in range(k, k + 9)] for k in (1, 20, 40)]
+        vocabulary: Any = policy.lm.config.vocab_size
+        return [[i % vocabulary for i in range(k, k + 9)] for k in (1, 20, 40)]
     return [policy.base.tokenizer(t)["input_ids"] for t in PROBES]
 
 

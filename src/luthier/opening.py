@@ -23,7 +23,7 @@ def load(what: str | Path, *, model: Model | str | None = None, precision: str =
     place = place or plugin("place", "one")()
     kind = build.fast_precision(place.device)[0] if precision == "auto" else precision
     stored = plugin("precision", kind)()
-    folder = artefact(Path(what).expanduser())
+    folder = adapter.artefact(Path(what).expanduser())
     if folder is None or not adapter.is_adapter(folder):
         opened = Model(id=str(folder or what), offline=offline)
         base = build.load(opened, precision=stored, device=place.device)
@@ -34,18 +34,6 @@ def load(what: str | Path, *, model: Model | str | None = None, precision: str =
         policy = adapter.load(base, folder)
     place.put(policy)
     return policy.eval()
-
-
-def artefact(path: Path) -> Path | None:
-    """The adapter or model folder that a path stands for; a run's folder stands for what it made. None: no folder."""
-    if not path.is_dir():
-        return None
-    for name in ("adapter", "model"):
-        if (path / "run.yaml").is_file() and (path / name).is_dir():
-            return path / name
-    if (path / "run.yaml").is_file():
-        raise LuthierError(f"{path}: this run has not finished, so it has no adapter yet; go on with it: luthier train --resume {path}")
-    return path
 
 
 def _base_of(folder: Path, config: dict[str, Any], ours: dict[str, Any], model: Model | str | None, offline: bool) -> Model:

@@ -20,7 +20,9 @@ from .site import Frame, sites, using
 class Policy(nn.Module):
     """The model being trained. ``name`` is the delta's; with no delta it is the base itself."""
 
-    def __init__(self, base: Base, delta: Delta | None = None, *, method: Method | None = None, name: str = "default", heads: dict[str, nn.Module] | None = None):
+    def __init__(
+        self, base: Base, delta: Delta | None = None, *, method: Method | None = None, name: str = "default", heads: dict[str, nn.Module] | None = None
+    ):
         super().__init__()
         self.lm = base.model
         self.heads = nn.ModuleDict(heads or {})

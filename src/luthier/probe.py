@@ -71,7 +71,7 @@ def _segments(*, packed: bool) -> Segments:
 def _examples(base: Base) -> list[Tensor]:
     g = torch.Generator().manual_seed(0)
     vocabulary = base.model.config.get_text_config().vocab_size
-    return [torch.randint(0, vocabulary, (n,), generator=g).to(base.model.device) for n in LENGTHS]
+    return [torch.randint(0, vocabulary, (n,), generator=g).to(next(base.model.parameters()).device) for n in LENGTHS]
 
 
 def _difference(a: Tensor, b: Tensor) -> float:

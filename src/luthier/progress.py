@@ -66,7 +66,9 @@ class Reporter:
         o = run.optim
         per = f"{o.batch_examples} examples" if o.batch_examples else f"{o.batch_tokens:,} tokens"
         self.head(f"training: {session.steps} steps of {per}, {'packed' if session.packed else 'padded'}, seed {run.seed}, on {run.place.device}")
-        self.note(f"learning rate {session.why_lr}; {o.schedule} after {session.warmup} steps of warm-up; weight decay {o.weight_decay:g}, clipping at {o.clip:g}")
+        self.note(
+            f"learning rate {session.why_lr}; {o.schedule} after {session.warmup} steps of warm-up; weight decay {o.weight_decay:g}, clipping at {o.clip:g}"
+        )
         self.note(f"validation every {run.evaluate.every_steps} steps on {len(session.prepared.validation):,} rows; folder {session.folder}")
 
     def measured(self, when: str, m: Measures) -> None:
@@ -124,6 +126,7 @@ class Reporter:
         """An evaluation during training."""
         gap = f", gap to training {m.loss.value - step.loss:+.3f}" if m.loss is not None else ""
         self.note(f"step {step.step}: {_sentence(m)}{gap}{' (best so far)' if best else ''}")
+
     def samples(self, rows: Sequence[dict[str, Any]]) -> None:
         """Sample answers go to samples.jsonl; the last of them is shown at the end."""
         self.last_samples = rows
@@ -140,7 +143,9 @@ class Reporter:
         if r.stopped:
             self.note(f"stopped early: {r.stopped}")
         speed = f", {r.tokens / r.seconds:,.0f} tokens/s" if r.seconds else ""
-        self.note(f"{r.trained:,} of {r.total:,} parameters trained ({r.trained / r.total:.3%}); {r.steps} steps, {r.tokens:,} tokens, {clock(r.seconds)}{speed}")
+        self.note(
+            f"{r.trained:,} of {r.total:,} parameters trained ({r.trained / r.total:.3%}); {r.steps} steps, {r.tokens:,} tokens, {clock(r.seconds)}{speed}"
+        )
         self.note(f"peak memory {r.peak_bytes / 1e9:.2f} GB; weights of step {r.best_step}")
         self.head(f"saved, read back and compared: {r.artefact}")
 

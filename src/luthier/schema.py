@@ -31,7 +31,7 @@ def _object(cls: type, **first: Any) -> dict[str, Any]:
             about = about | {"default": default}
         if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             required.append(f.name)
-        properties[f.name] = about
+        properties[f.name.removesuffix("_")] = about
     whole = {"type": "object", "description": (cls.__doc__ or "").strip().split("\n")[0], "properties": properties, "additionalProperties": False}
     return whole | ({"required": required} if required else {})
 

@@ -151,9 +151,7 @@ class Session:
             checkpoint.restore(state, self.policy, self.optimizer, self.feed)
             self.progress = Progress(**state.facts["progress"])
             self.say.note(f"resuming after step {self.progress.step} of {self.steps}")
-        log = Log(
-            self.folder, self.run.log.to, name=self.folder.name, config=config.plain(self.run), after=None if state is None else self.progress.step
-        )
+        log = Log(self.folder, self.run.log.to, name=self.folder.name, config=config.plain(self.run), after=None if state is None else self.progress.step)
         try:
             if state is None:
                 before = self.scorer.measure(tasks=True, say=self.say)
@@ -210,7 +208,9 @@ class Session:
         self.say.evaluated(step, now, best=p.best_step == step.step)
         if self._samples(step.step) == 0 and 2 * step.step >= self.steps and not self.warned:
             self.warned = True  # early in a run it is usual, and once is enough
-            self.say.warn("none of the sample answers stops by itself: the end-of-turn token is not learned yet; if this stays so, train longer or look at the template")
+            self.say.warn(
+                "none of the sample answers stops by itself: the end-of-turn token is not learned yet; if this stays so, train longer or look at the template"
+            )
         if self.run.evaluate.patience is not None and p.stale >= self.run.evaluate.patience:
             self.stopped = f"no better validation loss in {p.stale} evaluations"
 
@@ -254,7 +254,9 @@ class Session:
         named = ", ".join(step.where[:5]) + (f" and {len(step.where) - 5} more" if len(step.where) > 5 else "")
         self.say.warn(f"step {step.step}: the loss or its gradient is not finite; the step was skipped. Its examples: {named}")
         if before + 1 >= 3:
-            raise LuthierError(f"three steps in a row were not finite, the last on {named}; lower optim.lr (it is {self.run.optim.lr:g}) or look at these examples")
+            raise LuthierError(
+                f"three steps in a row were not finite, the last on {named}; lower optim.lr (it is {self.run.optim.lr:g}) or look at these examples"
+            )
         return before + 1
 
     def _check_disk(self) -> None:
@@ -326,12 +328,16 @@ def _state(run: Run, resume: Path | None, accept_changes: bool, say: Reporter) -
         return None
     state = checkpoint.newest(resume)
     if state is None:
-        raise LuthierError(f"{resume}: no checkpoint to resume from; it holds {', '.join(sorted(p.name for p in resume.iterdir())) if resume.is_dir() else 'nothing'}")
+        raise LuthierError(
+            f"{resume}: no checkpoint to resume from; it holds {', '.join(sorted(p.name for p in resume.iterdir())) if resume.is_dir() else 'nothing'}"
+        )
     if state.facts["digest"] != config.digest(run):
         changed = config.difference(state.facts["run"], config.plain(run))
         if changed and not accept_changes:
             raise LuthierError(
-                "this run is not the one that was interrupted: " + "; ".join(changed) + ". Resume it unchanged, or say --accept-changes to go on with the new settings"
+                "this run is not the one that was interrupted: "
+                + "; ".join(changed)
+                + ". Resume it unchanged, or say --accept-changes to go on with the new settings"
             )
         for line in changed:
             say.warn(f"resuming with a change: {line}")
@@ -368,7 +374,9 @@ def _new_folder(run: Run) -> Path:
     name = run.name or f"{data}-{kind_of(run.method)}-{datetime.now():%Y%m%d-%H%M%S}"
     folder = Path(run.out) / name
     if folder.exists() and any(folder.iterdir()):
-        raise LuthierError(f"{folder}: there is a run of this name already; choose another (name=...), delete it, or go on with it: luthier train --resume {folder}")
+        raise LuthierError(
+            f"{folder}: there is a run of this name already; choose another (name=...), delete it, or go on with it: luthier train --resume {folder}"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".write").touch()
@@ -381,7 +389,7 @@ def _new_folder(run: Run) -> Path:
 @contextmanager
 def _interrupts() -> Iterator[Callable[[], bool]]:
     """Ctrl-C and SIGTERM are asked for, not thrown: the step in hand is finished first. A second Ctrl-C stops at once."""
-    flag = []
+    flag: list[int] = []
 
     def note(number: int, frame: Any) -> None:
         if flag and number == signal.SIGINT:
@@ -401,7 +409,13 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
 
 
 def _line(step: Step, took: float) -> dict[str, Any]:
-    out: dict[str, Any] = {"loss": step.loss, "lr": step.lr, "grad_norm": step.grad_norm, "tokens": step.tokens, **{f"units_{k}": n for k, n in step.units.items()}}
+    out: dict[str, Any] = {
+        "loss": step.loss,
+        "lr": step.lr,
+        "grad_norm": step.grad_norm,
+        "tokens": step.tokens,
+        **{f"units_{k}": n for k, n in step.units.items()},
+    }
     if len(step.terms) > 1:
         out |= {f"loss_{k}": v for k, v in step.terms.items()}
     out |= step.metrics | {"seconds": round(took, 4), "tokens_per_second": round(step.tokens / took, 1), "memory_bytes": peak_bytes(torch.device("cpu"))}

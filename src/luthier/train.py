@@ -63,8 +63,8 @@ def train(
             torch.stack(parts).sum().backward()
             for k, s in loss.sums.items():
                 sums[k].append(s.detach())
-            for k, (total, count) in loss.metrics.items():
-                seen.setdefault(k, []).append(torch.stack([total.detach().float(), count.detach().float()]))
+            for k, (amount, count) in loss.metrics.items():
+                seen.setdefault(k, []).append(torch.stack([amount.detach().float(), count.detach().float()]))
         if delta is not None and delta.penalty is not None:
             delta.penalty().backward()
         norm = optimizer.grad_norm()

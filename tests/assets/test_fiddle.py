@@ -15,7 +15,9 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(FOLDER)
 
 
-@pytest.mark.parametrize("text", ["name[The Vaults], price[£20-25]", "naïve “curly” 日本 🎻\r\n\t  x  \n\n", " leading and trailing ", "it's they'll 1894", "", "\x00\x7f"])
+@pytest.mark.parametrize(
+    "text", ["name[The Vaults], price[£20-25]", "naïve “curly” 日本 🎻\r\n\t  x  \n\n", " leading and trailing ", "it's they'll 1894", "", "\x00\x7f"]
+)
 def test_any_text_comes_back_byte_for_byte(tokenizer, text):
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 

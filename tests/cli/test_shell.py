@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -51,12 +51,11 @@ def test_help_lists_every_verb_that_has_a_file_with_its_sentence(capsys):
 
 
 def test_help_answers_at_once():
-    best = 9.0
-    for _ in range(3):
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "luthier", "--help"], check=True, capture_output=True, timeout=60)
-        best = min(best, time.perf_counter() - start)
-    assert best < 0.4
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-m", "luthier", "--help"], check=True, capture_output=True, timeout=60)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # processor time: the clock on the wall depends on who else is at work
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.4
 
 
 def test_the_version_is_said(capsys):

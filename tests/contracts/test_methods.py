@@ -4,9 +4,9 @@ import copy
 import importlib
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from luthier.core import Incompatible
 from luthier.objectives.sft import Objective
 from luthier.optim import Optimizer
@@ -98,7 +98,10 @@ def test_routed_examples_equal_each_alone(kind):
     """One batch: this delta, the bare base, and a LoRA under another name."""
     base = tiny.base("llama")
     policies = {}
-    for name, method in (("one", importlib.import_module(f"luthier.methods.{kind}").Method()), ("two", importlib.import_module("luthier.methods.lora").Method(targets=("mlp",)))):
+    for name, method in (
+        ("one", importlib.import_module(f"luthier.methods.{kind}").Method()),
+        ("two", importlib.import_module("luthier.methods.lora").Method(targets=("mlp",))),
+    ):
         delta = method.attach(base, name)
         tiny.randomise(delta.params, seed=len(name))
         policies[name] = Policy(base, delta, method=method, name=name)

@@ -126,7 +126,9 @@ def spelt(c: Chat, name: str) -> list[tuple[str, bool]]:
             out += [(m["content"] + "</s>", True)] + ([("\n", False)] if i < last else []) if learned else [(m["content"] + "\n", False)]
         else:
             head = "### Response:\n" if learned else "### Instruction:\n"
-            out += [(head, False), (m["content"] + "</s>", True)] + ([("\n\n", False)] if i < last else []) if learned else [(head + m["content"] + "\n\n", False)]
+            out += (
+                [(head, False), (m["content"] + "</s>", True)] + ([("\n\n", False)] if i < last else []) if learned else [(head + m["content"] + "\n\n", False)]
+            )
     return out
 
 
@@ -268,7 +270,9 @@ def test_a_conversation_the_template_refuses_is_a_bad_row() -> None:
 def test_a_template_without_an_end_token_gets_one_that_is_trained(tokenizer: Any) -> None:
     row = row_of(chat("a", "b"), tokenizer, "chatml")  # here <|im_end|> is a special token
     assert tokenizer.decode(row.ids).endswith("b<|im_end|>")
-    bare = byte_bpe(template="{%- for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{%- endfor %}{%- if add_generation_prompt %}assistant:{%- endif %}")
+    bare = byte_bpe(
+        template="{%- for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{%- endfor %}{%- if add_generation_prompt %}assistant:{%- endif %}"
+    )
     row = row_of(chat("a", "b"), bare)
     assert bare.decode(row.ids) == "user: a\nassistant: b\n</s>" and row.train[-1]
 
@@ -282,7 +286,10 @@ def test_an_end_token_equal_to_padding_is_trained_all_the_same() -> None:
 
 def test_a_token_that_begins_in_the_prompt_is_not_trained_and_noted() -> None:
     for trim in (False, True):  # with trimmed offsets a token's own space is outside of its span
-        tok = byte_bpe(trim=trim, template="{%- for m in messages %}{{ m['role'] + ': ' + m['content'] }}{%- endfor %}{%- if add_generation_prompt %}{{ 'assistant: ' }}{%- endif %}")
+        tok = byte_bpe(
+            trim=trim,
+            template="{%- for m in messages %}{{ m['role'] + ': ' + m['content'] }}{%- endfor %}{%- if add_generation_prompt %}{{ 'assistant: ' }}{%- endif %}",
+        )
         row, counts = noted(chat("Which pub? ", "the river."), tok)
         assert isinstance(row, Row)
         assert trained_text(row, tok) == [" river.</s>"] and counts.notes == {STRADDLES: 1}

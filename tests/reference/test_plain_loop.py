@@ -3,10 +3,10 @@
 import copy
 
 import pytest
-import tiny
 import torch
 from torch.nn.functional import cross_entropy
 
+import tiny
 from luthier import build
 from luthier.methods.full import Method as Full
 from luthier.methods.lora import Method as Lora
@@ -90,7 +90,8 @@ def test_lora_equals_peft_for_20_steps_from_the_same_adapter(family):
     targets = ["q_proj", "v_proj"] if family == "llama" else ["c_attn"]
     model = tiny.model(family)
     theirs = peft.get_peft_model(
-        copy.deepcopy(model), peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, lora_dropout=0.0, fan_in_fan_out=family == "gpt2", task_type="CAUSAL_LM")
+        copy.deepcopy(model),
+        peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, lora_dropout=0.0, fan_in_fan_out=family == "gpt2", task_type="CAUSAL_LM"),
     )
     values = {}
     for name, p in theirs.named_parameters():

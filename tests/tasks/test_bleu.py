@@ -10,7 +10,7 @@ from luthier.tasks.bleu import Task
 
 sacrebleu = pytest.importorskip("sacrebleu")
 
-WORDS = "the a cheap pub near river city centre is called Vaults , . serves food £20-25 Italian and 5".split()
+WORDS = "the a cheap pub near river city centre is called Vaults , . serves food £20-25 Italian and 5".split()  # noqa: SIM905
 
 
 def corpus(seed: int, n: int, references: int, noise: float) -> tuple[list[dict], list[str]]:

@@ -74,7 +74,16 @@ def test_an_omitted_fact_costs_its_share(gone):
 
 
 @pytest.mark.parametrize(
-    "right,wrong", [("maple", "spruce"), ("Anna Reed", "Anna Hill"), ("Anna Reed", "Ruth Reed"), ("1894", "1849"), ("cracked bridge", "open seam"), ("viola", "violin"), ("45", "450")]
+    "right,wrong",
+    [
+        ("maple", "spruce"),
+        ("Anna Reed", "Anna Hill"),
+        ("Anna Reed", "Ruth Reed"),
+        ("1894", "1849"),
+        ("cracked bridge", "open seam"),
+        ("viola", "violin"),
+        ("45", "450"),
+    ],
 )
 def test_a_wrong_value_in_place_of_the_right_one_costs_its_share(right, wrong):
     assert Task().score(ROW, RIGHT.replace(right, wrong)) == {"facts": pytest.approx(5 / 6), "all_facts": 0.0}

@@ -84,6 +84,11 @@ def _side_by_side(console: Console, result: Result, data: Path) -> None:
     base = answer(policy, prompts, max_new=80)
     console.print(Text(f"{SHOWN} prompts that neither has seen", style="bold"))
     for row, b, t in zip(rows, base, tuned, strict=True):
-        for label, text, style in (("prompt", row["prompt"], ""), ("base", b["answer"], "dim"), ("tuned", t["answer"], "green"), ("written", row["completion"], "dim")):
+        for label, text, style in (
+            ("prompt", row["prompt"], ""),
+            ("base", b["answer"], "dim"),
+            ("tuned", t["answer"], "green"),
+            ("written", row["completion"], "dim"),
+        ):
             console.print(Text(f"  {label:8}", style="bold") + Text(" ".join(text.split()), style=style))
         console.print()

@@ -125,7 +125,9 @@ def _copies(policy: Policy, prepared: Any, source: str, template: str | None) ->
     from ..evaluate import nearest_copy
     from ..measure import task_rows
 
-    train = prepare([source], policy.base.tokenizer, renders="chat", template=template, max_tokens=2048, validation=[source], validation_rows=10**9, say=lambda _: None)
+    train = prepare(
+        [source], policy.base.tokenizer, renders="chat", template=template, max_tokens=2048, validation=[source], validation_rows=10**9, say=lambda _: None
+    )
     pairs = [(r["prompt"], r["refs"][0]) for r in task_rows(train.validation_records)]
     return nearest_copy(pairs, [r["prompt"] for r in task_rows(prepared.validation_records)])
 

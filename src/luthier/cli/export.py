@@ -42,7 +42,9 @@ def command(
     if done.returncode or not output.is_file():
         from ..errors import LuthierError
 
-        raise LuthierError(f"{converter} failed ({done.returncode}): {(done.stderr or done.stdout).strip().splitlines()[-1:]}; the merged model stays in {folder}")
+        raise LuthierError(
+            f"{converter} failed ({done.returncode}): {(done.stderr or done.stdout).strip().splitlines()[-1:]}; the merged model stays in {folder}"
+        )
     typer.echo(f"wrote {output} ({output.stat().st_size:,} bytes) with {converter}")
 
 

@@ -75,7 +75,10 @@ def _answers(policy: Policy, rows: list[dict[str, Any]], system: str | None, raw
         texts = [tokenizer.decode(i, skip_special_tokens=True) for i in rollout.ids]
         return [{"answer": t, "stopped": s, "tokens": len(i)} for t, s, i in zip(texts, rollout.stopped, rollout.ids, strict=True)]
     before = [{"role": "system", "content": system}] if system else []
-    chats = [before + (r["messages"] if "messages" in r else r["prompt"] if isinstance(r["prompt"], list) else [{"role": "user", "content": r["prompt"]}]) for r in rows]
+    chats = [
+        before + (r["messages"] if "messages" in r else r["prompt"] if isinstance(r["prompt"], list) else [{"role": "user", "content": r["prompt"]}])
+        for r in rows
+    ]
     return answer(policy, chats, offset=first, **how)
 
 

@@ -35,5 +35,6 @@ def merged(adapter: Path, output: Path, model: str | None, dtype: str) -> None:
     policy = load(adapter, model=model, precision=dtype)
     done = merge(policy, output)
     typer.echo(f"merged into {done.folder} in {done.dtype}")
-    typer.echo(f"  logits at {done.positions} probe positions: folding moved them by {done.folded:.1e} of the largest, opening the folder with transformers by {done.reopened:.1e}")
+    typer.echo(f"  logits at {done.positions} probe positions: folding moved them by {done.folded:.1e} of the largest;")
+    typer.echo(f"  opened by plain transformers, the folder gives them within {done.reopened:.1e}")
     typer.echo(f"  likeliest next token: {'the same everywhere' if done.same_greedy else 'differs somewhere (a near tie within rounding)'}")

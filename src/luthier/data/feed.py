@@ -126,7 +126,7 @@ class Batches:
         return batches + [[idle] for _ in range(wanted - len(batches))]
 
     def _cut(self, indices: np.ndarray) -> list[np.ndarray]:
-        """Cut rows sorted by length into micro-batches whose stream, padding included, has at most ``micro_tokens`` positions."""
+        """Cut rows sorted by length into micro-batches of at most ``micro_tokens`` positions, padding to the longest row included."""
         cuts, start, total = [], 0, 0
         for i, length in enumerate(self.lengths[indices].tolist()):
             width = total + length if self.packed else (i - start + 1) * length

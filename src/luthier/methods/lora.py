@@ -27,7 +27,7 @@ from ..site import Edit, site_at
 class LoraEdit(Edit):
     """The low-rank term of one linear. lora_A (rank, in), lora_B (out, rank), fp32; computed in the activations' dtype."""
 
-    def __init__(self, in_features: int, out_features: int, rank: int, scale: float, dropout: float, device: torch.device):
+    def __init__(self, in_features: int, out_features: int, rank: int, scale: float, dropout: float, device: Any):
         super().__init__()
         self.scale = scale
         self.dropout = dropout
@@ -78,6 +78,8 @@ class Method:
     """rsLoRA: scale by alpha / sqrt(rank), so that high ranks learn as fast as low ones."""
     init: Literal["zero", "pissa"] = "zero"
     """zero: B starts at 0. pissa: A and B start at the principal singular directions of W."""
+    from_: str | None = None
+    """Start from the delta saved in this adapter's or run's folder, instead of from init."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -114,7 +116,7 @@ class Method:
         return Delta(
             params,
             buffers=buffers,
-            fold=lambda: [site_at(base.model, path).fold(name) for path in edits] and None,
+            fold=lambda: _fold(base.model, list(edits), name),
             export=lambda: self._peft(base, edits),
         )
 
@@ -166,6 +168,11 @@ class Method:
             targets=paths,
             rank_stabilised=bool(config.get("use_rslora")),
         ), params
+
+
+def _fold(model: nn.Module, paths: list[str], name: str) -> None:
+    for path in paths:
+        site_at(model, path).fold(name)
 
 
 def dense_weight(module: nn.Module) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 CHUNK_BYTES = 8 << 20  # fp32 logits of one chunk: about what stays in cache
 CHUNK_ROWS = 128  # fewer rows make poor matrix products
+ROWS_MULTIPLE = 64  # rows are padded up: every new shape costs generated code that stays in memory
 KEEP_BYTES = 512 << 20  # residuals kept for a trained head
 
 
@@ -107,6 +108,9 @@ def linear_logp(h_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, token_N:
 
     ``h_ND`` and ``weight_VD`` share a floating dtype; ``token_N`` is int64. Differentiable in h, W and b.
     """
-    if len(h_ND) == 0:  # keeps the graph alive, so that a micro-batch without scored positions still backpropagates zeros
+    n = len(h_ND)
+    if n == 0:  # keeps the graph alive, so that a micro-batch without scored positions still backpropagates zeros
         return h_ND.sum(-1).float()
-    return _LinearLogp.apply(h_ND, weight_VD, bias_V, token_N, scale, cap)
+    more = -n % ROWS_MULTIPLE
+    h_ND, token_N = torch.nn.functional.pad(h_ND, (0, 0, 0, more)), torch.nn.functional.pad(token_N, (0, more))
+    return _LinearLogp.apply(h_ND, weight_VD, bias_V, token_N, scale, cap)[:n]

@@ -20,7 +20,7 @@ class Objective:
     terms: ClassVar[Mapping[str, float]] = {"tokens": 1.0}
     needs: ClassVar[frozenset[str]] = frozenset()
     couples: ClassVar[bool] = False
-    renders: ClassVar[Literal["text"]] = "text"
+    renders: ClassVar[Literal["text", "chat"]] = "text"
 
     def heads(self, base: Base) -> dict:
         """No head of its own."""

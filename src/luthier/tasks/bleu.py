@@ -51,8 +51,6 @@ def references(row: Mapping[str, Any]) -> list[str]:
 
 @cache
 def _metric(lowercase: bool) -> Any:
-    try:
-        from sacrebleu.metrics import BLEU
-    except ImportError as e:
-        raise LuthierError("BLEU needs sacrebleu: pip install 'luthier[eval]'") from e
+    from sacrebleu.metrics import BLEU  # slow to import
+
     return BLEU(lowercase=lowercase, effective_order=True)

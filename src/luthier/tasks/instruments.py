@@ -19,6 +19,7 @@ from ..core import LuthierError
 
 SLOTS = ("instrument", "maker", "town", "year", "wood", "strings", "fault", "repair", "owner", "price", "ready")
 
+# ruff: noqa: SIM905 (word lists read better as text)
 INSTRUMENTS = tuple(
     "violin viola cello guitar lute mandolin banjo zither dulcimer ukulele cittern rebec bouzouki mandola vihuela psaltery theorbo".split() + ["double bass"]
 )
@@ -265,7 +266,9 @@ def _trouble(f: dict[str, str], rng: random.Random, it: str) -> list[str]:
         else:
             out.append(said)
     elif price:
-        out.append(rng.choice([f"the work on {it} will cost {price} pounds" if not out else f"the work will cost {price} pounds", f"the bill is {price} pounds"]))
+        out.append(
+            rng.choice([f"the work on {it} will cost {price} pounds" if not out else f"the work will cost {price} pounds", f"the bill is {price} pounds"])
+        )
     if ready:
         opener = "it" if out else it
         out.append(rng.choice([f"{opener} will be ready {day}", f"{opener} should be ready {day}", f"{opener} can be collected {day}"]))

@@ -1,0 +1,174 @@
+"""The order of training is a function of the data and the seed, and of nothing else."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from luthier.core import IGNORE, Batch, LuthierError, Row, next_token_batch
+from luthier.data.feed import Batches
+
+
+def rows_of(n: int, seed: int = 0, longest: int = 60) -> list[Row]:
+    rng = np.random.default_rng(seed)
+    made = []
+    for i in range(n):
+        length = int(rng.integers(3, longest))
+        train = rng.random(length) < 0.5
+        train[-1] = True
+        made.append(Row(rng.integers(1, 100, length).astype(np.int32), train, str(i)))
+    return made
+
+
+ROWS = rows_of(57)
+
+
+def feed(rows: list[Row] = ROWS, **how: Any) -> Batches:
+    return Batches(rows, next_token_batch, **{"pad": 0, "batch_tokens": 300, "micro_tokens": 128, **how})
+
+
+def names(step: list[Batch]) -> list[str]:
+    return sorted(w for b in step for w in b.where)
+
+
+def steps_of(f: Batches) -> list[list[str]]:
+    return [names(step) for step in f]
+
+
+PLANS = [
+    {"epochs": 1.0},
+    {"epochs": 3.0},
+    {"epochs": 2.5},
+    {"epochs": 0.4},
+    {"steps": 40},
+    {"epochs": 2.0, "batch_examples": 7},
+    {"epochs": 2.0, "batch_examples": 100},
+    {"epochs": 2.0, "batch_tokens": 5},
+    {"epochs": 3.0, "batch_tokens": 100_000},
+    {"steps": 3, "batch_tokens": 100_000},
+    {"epochs": 2.0, "batch_tokens": 61},
+]
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_the_number_of_steps_is_known_in_advance(plan: dict) -> None:
+    f = feed(**plan)
+    assert len(steps_of(f)) == f.steps
+
+
+@pytest.mark.parametrize("plan", [p for p in PLANS if "steps" not in p], ids=str)
+def test_epochs_hold_every_row_once_each(plan: dict) -> None:
+    seen = [w for step in steps_of(feed(**plan)) for w in step]
+    counts = np.bincount([int(w) for w in seen], minlength=len(ROWS))
+    assert len(seen) == round(plan["epochs"] * len(ROWS))
+    assert counts.min() >= int(plan["epochs"]) and counts.max() <= int(np.ceil(plan["epochs"]))
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_a_step_is_full_and_never_over_its_tokens(plan: dict) -> None:
+    f = feed(**plan)
+    lengths = {r.where: len(r) for r in ROWS}
+    sizes = [[lengths[w] for w in step] for step in steps_of(f)]
+    assert all(sizes)
+    if "batch_examples" in plan:
+        assert all(len(s) == plan["batch_examples"] for s in sizes[:-1])
+    else:
+        budget = f.batch_tokens
+        assert all(sum(s) <= budget or len(s) == 1 for s in sizes)
+        assert all(sum(s) > budget - 60 for s in sizes[:-1])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_a_micro_batch_changes_nothing_but_the_cut(plan: dict, packed: bool) -> None:
+    expected = steps_of(feed(**plan, micro_tokens=1_000_000))
+    for micro in (1, 64, 200):
+        got = list(feed(**plan, micro_tokens=micro, packed=packed))
+        assert [names(s) for s in got] == expected
+        for batch in (b for s in got for b in s):
+            lengths = batch.segments.length
+            positions = int(lengths.sum() if packed else lengths.max() * len(lengths))  # the collator's rounding up of widths aside
+            assert positions <= micro or len(lengths) == 1
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_a_feed_goes_on_from_any_step_as_if_nothing_had_happened(plan: dict) -> None:
+    whole = list(feed(**plan))
+    for stop in range(len(whole)):
+        f = feed(**plan)
+        for _ in range(stop):
+            next(f)
+        state = f.state_dict()
+        again = feed(**plan)
+        again.load_state_dict(state)
+        rest = list(again)
+        assert len(rest) == len(whole) - stop
+        for a, b in zip(rest, whole[stop:], strict=True):
+            assert all(torch.equal(x.ids, y.ids) and torch.equal(x.targets, y.targets) for x, y in zip(a, b, strict=True))  # type: ignore[arg-type]
+
+
+def test_epochs_differ_from_one_another_and_seeds_too() -> None:
+    def order(seed: int, epochs: float = 2.0) -> list[list[str]]:
+        return steps_of(feed(seed=seed, epochs=epochs, batch_examples=5))
+
+    one = feed(batch_examples=19, epochs=2.0)  # 3 steps an epoch
+    steps = steps_of(one)
+    assert steps[:3] != steps[3:]
+    assert order(1) == order(1) != order(2)
+
+
+@pytest.mark.parametrize("size", [2, 3, 8])
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_ranks_share_a_step_without_overlap_in_equally_many_micro_batches(plan: dict, size: int) -> None:
+    alone = steps_of(feed(**plan))
+    ranks = [list(feed(**plan, rank=r, size=size)) for r in range(size)]
+    for step, expected in enumerate(alone):
+        shares = [r[step] for r in ranks]
+        assert len({len(s) for s in shares}) == 1 and len(shares[0]) > 0
+        real = [w for s in shares for b in s for w in b.where if "fewer rows" not in w]
+        assert sorted(real) == expected
+
+
+def test_a_rank_without_rows_runs_one_that_counts_nothing() -> None:
+    f = feed(batch_examples=1, rank=1, size=2)
+    (batch,) = next(f)
+    assert batch.units == {"tokens": 0} and bool((batch.targets == IGNORE).all())
+
+
+def test_packed_examples_keep_their_own_positions_and_targets() -> None:
+    f = feed(packed=True, micro_tokens=300)
+    for batch in next(f):
+        assert batch.ids.shape[0] == 1
+        positions, owner = batch.segments.positions(batch.shape)[0], batch.segments.example(batch.shape)[0]
+        for s, where in enumerate(batch.where):
+            row, here = ROWS[int(where)], owner == s
+            assert batch.ids[0][here].tolist() == row.ids.tolist()
+            assert positions[here].tolist() == list(range(len(row)))
+            assert batch.targets is not None
+            wanted = [int(i) if t else IGNORE for i, t in zip(row.ids[1:], row.train[1:], strict=True)] + [IGNORE]
+            assert batch.targets[0][here].tolist() == wanted
+
+
+def test_other_data_cannot_be_resumed() -> None:
+    state = feed().state_dict()
+    with pytest.raises(LuthierError, match="cannot resume: rows was 57 .* and is 50 now"):
+        feed(ROWS[:50]).load_state_dict(state)
+    with pytest.raises(LuthierError, match="batch_tokens"):
+        feed(batch_tokens=301).load_state_dict(state)
+    with pytest.raises(LuthierError, match="no row to train on"):
+        feed([])
+
+
+def test_a_million_rows_are_planned_in_seconds() -> None:
+    ids, train = np.ones(400, dtype=np.int32), np.ones(400, dtype=bool)
+    rows = [Row(ids[:n], train[:n]) for n in np.random.default_rng(0).integers(5, 400, 1_000_000).tolist()]
+    start = time.perf_counter()
+    f = feed(rows, batch_tokens=8192, micro_tokens=8192, epochs=2.0)
+    for _ in range(20):
+        next(f)
+    assert time.perf_counter() - start < 10
+    assert f.steps > 40_000
