@@ -50,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
             few = list(trl_peft.candidates(work.examples))[:1] if a.quick else driver.shortlist(document["results"][0]) if document["results"] else None
             repetitions, idle_s = a.repetitions or (1 if a.quick else 2), 0.0 if a.quick else a.idle_timeout
             document["results"].append(driver.bench(work, repetitions=repetitions, idle_s=idle_s, say=say, try_only=few))
+            document["results"][-1]["quick"] = a.quick
             report.show(document["results"][-1], console)
     except driver.ChildFailed as e:
         console.print(f"[bold red]{e}[/bold red]", markup=True, highlight=False)

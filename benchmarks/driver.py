@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Collection
 from dataclasses import asdict, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -93,12 +94,17 @@ def bench(work: Workload, *, repetitions: int, idle_s: float, say: Say, try_only
                 columns[peer]["runs"].append(measured(folder, work, kind, settings, steps, grads))
                 if grads is not None:
                     columns[peer]["gate"] = gate(columns[peer]["runs"][0], reference["loss"], grads, folder / "reference.safetensors")
+        runs = [run for column in columns.values() for run in column["runs"]]
+        rate = reduce(Rates.best, (Rates(**g) for run in runs for g in run["gemm"]))  # one for all columns
+        for run in runs:
+            run["summary"] = summary(work, run, steps, rate)
         columns["ours"]["settings"] = {**ours.SETTINGS, "optimizer": f"AdamW, lr {work.lr:g}, flat fp32 buffers"}
         for peer in list(peers)[1:]:
             columns[peer]["settings"] = {**peers[peer][1], "SFTConfig": trl_peft.configuration(work, peers[peer][1])}
         return {
             "workload": {**asdict(work), "parameters": work.parameters, "lengths": lengths, "counts": counts},
             "reference_loss": reference["loss"],
+            "rate": asdict(rate),
             "tuning": {"steps": few.steps, "tried": tried, "chosen": best, "unequal": [c for c, s in choices.items() if not s.get("equal", True)]},
             "columns": columns,
             "passed": columns["ours"]["gate"]["passed"],
@@ -117,7 +123,7 @@ def measured(folder: Path, work: Workload, kind: str, settings: dict[str, Any], 
     did = [(s["tokens"], s["labelled"]) for s in result["steps"]]
     if did != counts:
         raise ChildFailed(f"{kind} on {work.name!r} saw (tokens, labelled) {did[:3]}... where the workload has {counts[:3]}...")
-    return result | {"summary": summary(work, result, steps, before.mean(after)), "gemm": [asdict(before), asdict(after)], "moved": before.moved(after)}
+    return result | {"gemm": [asdict(before), asdict(after)], "moved": before.moved(after)}
 
 
 def summary(work: Workload, result: dict[str, Any], steps: list[list[dict[str, Any]]], rate: Rates) -> dict[str, float]:

@@ -111,5 +111,6 @@ def test_a_whole_quick_run_ends_well_and_finds_all_columns_equal(tmp_path):
     from benchmarks import report
 
     page = report.markdown(json.loads(out.read_text()))
-    assert "ours is faster by" in page and "TRL + PEFT tuned" in page
+    assert "TRL + PEFT tuned" in page
+    assert "ours is faster by" not in page  # a tiny shape gave 11x and 0.2x on one busy machine
     assert done.stdout.index("step 1 against fp32") < done.stdout.index("tokens/s")

@@ -47,7 +47,7 @@ PLANS = [
     {"steps": 40},
     {"epochs": 2.0, "batch_examples": 7},
     {"epochs": 2.0, "batch_examples": 100},
-    {"epochs": 2.0, "batch_tokens": 5},
+    {"epochs": 2.0, "batch_tokens": 2},  # every row is over it, the last of an epoch too
     {"epochs": 3.0, "batch_tokens": 100_000},
     {"steps": 3, "batch_tokens": 100_000},
     {"epochs": 2.0, "batch_tokens": 61},
@@ -131,6 +131,9 @@ def test_ranks_share_a_step_without_overlap_in_equally_many_micro_batches(plan: 
         assert len({len(s) for s in shares}) == 1 and len(shares[0]) > 0
         real = [w for s in shares for b in s for w in b.where if "fewer rows" not in w]
         assert sorted(real) == expected
+        for share in shares:  # a rank runs an empty row only where it has fewer rows than micro-batches to run
+            empty = sum("fewer rows" in w for b in share for w in b.where)
+            assert not empty or all(len(b.where) == 1 for b in share)
 
 
 def test_a_rank_without_rows_runs_one_that_counts_nothing() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def test_every_token_of_a_split_document_is_a_target_once(limit: int, with_bos: 
     rows = render_text(doc, with_bos, max_tokens=limit)
     assert max(len(r) for r in rows) <= limit and not any(r.train[0] for r in rows)
     assert np.concatenate([r.ids[1:] for r in rows]).tolist() == whole.ids[1:].tolist()
-    for a, b in zip(rows, rows[1:], strict=False):
+    for a, b in pairwise(rows):
         assert a.ids[-1] == b.ids[0]  # the first target of a piece has the token before it as its context
 
 
@@ -93,8 +94,12 @@ def test_a_tokenizer_file_that_asks_for_truncation_or_padding_is_not_obeyed() ->
     tok = byte_bpe()
     tok.backend_tokenizer.enable_truncation(4)
     tok.backend_tokenizer.enable_padding(length=50)
-    (row,) = render_text(Document("She said so, and the assistant asks why."), tok, max_tokens=LONG)
-    assert tok.decode(row.ids) == "She said so, and the assistant asks why.</s>"
+    codec, text = Codec(tok), "She said so, and the assistant asks why."
+    tok.backend_tokenizer.enable_truncation(4)
+    tok.backend_tokenizer.enable_padding(length=50)
+    assert tok.decode(codec.encode([text])[0]) == tok.decode(codec.encode_spans([text])[0][0]) == text
+    (row,) = render_text(Document(text), tok, max_tokens=LONG)
+    assert tok.decode(row.ids) == text + "</s>"
 
 
 # --- masks ----------------------------------------------------------------------------------------------------------
@@ -234,15 +239,18 @@ def test_where_earlier_turns_are_rendered_otherwise_only_the_last_is_trained_and
     assert isinstance(row, Row)
     assert trained_text(row, tok) == ["<think>\n\n</think>\n\nShe said so.<|im_end|>"]
     assert counts.notes == {SHORT_OF_TURNS: 1}
-    assert trained_text(row_of(chat("a", "b"), tok), tok) == ["<think>\n\n</think>\n\nb<|im_end|>"]
+    for turns in (("a", "b"), ("a", "b", "c")):  # a question nobody answers does not make the turn before it an earlier one
+        assert trained_text(row_of(chat(*turns), tok), tok) == ["<think>\n\n</think>\n\nb<|im_end|>"]
 
 
 def test_generation_marks_of_the_template_are_used_where_prefixes_fail() -> None:
-    marked = THINKING.replace("{{ m['content'] + '<|im_end|>\n' }}", "{% generation %}{{ m['content'] }}{% endgeneration %}{{ '<|im_end|>\n' }}")
-    only_answers = "{%- if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}{%- else %}{{ m['content'] + '<|im_end|>\n' }}{%- endif %}"
+    only_answers = (
+        "{%- if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+        "{%- else %}{{ m['content'] + '<|im_end|>\n' }}{%- endif %}"
+    )
     tok = byte_bpe(template=THINKING.replace("{{ m['content'] + '<|im_end|>\n' }}", only_answers), eos="<|im_end|>")
     row, counts = noted(chat(*THREE), tok)
-    assert isinstance(row, Row) and "generation" in marked
+    assert isinstance(row, Row)
     assert trained_text(row, tok) == ["The Vaults is near it.<|im_end|>", "No.\n\nIt is not.<|im_end|>", "She said so.<|im_end|>"]
     assert SHORT_OF_TURNS not in counts.notes
 

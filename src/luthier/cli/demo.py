@@ -19,6 +19,7 @@ def command(
     out: Annotated[Path, typer.Option(help="The folder that holds runs.")] = Path("runs"),
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same run.")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 120,
+    rows: Annotated[int, typer.Option(min=1, help="Held-out rows answered before and after.")] = 100,
 ) -> None:
     """Demo: teach fiddle, the embedded base, to write up a workshop's notes as sentences, with LoRA, and say what was gained and what was forgotten."""
     from ..config import load_run
@@ -43,7 +44,7 @@ def command(
         f"optim.steps={steps}",
         f"evaluate.every_steps={max(1, steps // 4)}",
         "evaluate.tasks=[instruments, bleu]",
-        "evaluate.task_rows=100",
+        f"evaluate.task_rows={rows}",
         "checkpoint.keep=1",
         f"seed={seed}",
         f"name={name}",
