@@ -48,7 +48,7 @@ LAW: dict[str, set[str]] = {
     "adapter": {"core", "atomic", "config", "plugins", "policy", "site"},
     "checkpoint": {"core", "nn", "optim", "policy", "adapter", "atomic"},
     "merging": {"core", "policy", "site", "adapter"},
-    "build": BASICS | {"site", "attention", "policy", "probe", "hub", "run", "plugins"},
+    "build": BASICS | {"site", "attention", "policy", "probe", "hub", "run", "plugins", "adapter"},
     "opening": {"core", "hub", "plugins", "policy", "run", "adapter", "build"},
     "measure": {"core", "data", "evaluate", "objectives", "plugins", "policy", "run"},
     "progress": {"core", "counts", "measure", "plugins", "train", "session"},

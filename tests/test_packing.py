@@ -93,3 +93,26 @@ def test_targets_are_the_next_trained_token_of_the_same_example():
             for i in range(len(r)):
                 expected = int(r.ids[i + 1]) if i + 1 < len(r) and r.train[i + 1] else -100
                 assert int(targets[b, t + i]) == expected and int(ids[b, t + i]) == r.ids[i]
+
+
+@pytest.mark.parametrize(("window", "groups"), [(None, 1), (None, 2), (7, 2)])
+def test_short_bf16_attention_is_as_close_to_fp32_as_the_flash_kernel(window, groups):
+    from luthier import attention
+
+    torch.manual_seed(0)
+    q, k, v, upstream = (torch.randn(3, h, 100, 16) for h in (4, 4 // groups, 4 // groups, 4))
+    how = {"dropout": 0.0, "scaling": None, "window": window, "softcap": None}
+
+    def run(dtype, short):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+        attention.SHORT, keep = (256 if short else 0), attention.SHORT
+        try:
+            out = attention._causal(*leaves, **how)
+        finally:
+            attention.SHORT = keep
+        out.backward(upstream.to(dtype))
+        return [out.detach().float(), *(x.grad.float() for x in leaves)]
+
+    exact, ours, flash = run(torch.float32, False), run(torch.bfloat16, True), run(torch.bfloat16, False)
+    for e, o, f in zip(exact, ours, flash, strict=True):
+        assert float((o - e).norm() / e.norm()) < 2.5 * max(float((f - e).norm() / e.norm()), 2e-3)

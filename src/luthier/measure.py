@@ -75,12 +75,12 @@ class Scorer:
         task = plugin("tasks", kind)()
         rows = task.rows("validation") or task_rows(self.prepared.validation_records)
         rows = rows[: self.run.evaluate.task_rows]
-        answers = self.answers([r["prompt"] for r in rows], say=say, label=kind)
+        answers = self.answers(rows, say=say, label=kind)
         return score(lambda _: answers, task, rows, seed=self.run.seed)
 
-    def answers(self, prompts: Sequence[Any], *, say: Any = None, label: str = "", max_new: int = 128) -> list[str]:
-        """Greedy answers to prompts (a text or messages each), in their order."""
-        return [a["answer"] for a in answer(self.policy, prompts, template=self.run.model.template, max_new=max_new, say=say, label=label)]
+    def answers(self, rows: Sequence[dict[str, Any]], *, say: Any = None, label: str = "", max_new: int = 128) -> list[str]:
+        """Greedy answers to task rows, in their order."""
+        return [a["answer"] for a in answer_rows(self.policy, rows, template=self.run.model.template, max_new=max_new, say=say, label=label)]
 
     def samples(self) -> list[dict[str, Any]]:
         """The fixed prompts with the policy's greedy answers."""
@@ -89,7 +89,7 @@ class Scorer:
             return []
         if self.objective.renders == "chat":
             rows = task_rows(self.prepared.validation_records[:n])
-            got = answer(self.policy, [r["prompt"] for r in rows], template=self.run.model.template, max_new=self.run.evaluate.sample_tokens)
+            got = answer_rows(self.policy, rows, template=self.run.model.template, max_new=self.run.evaluate.sample_tokens)
             return [{**a, "reference": r["refs"][0]} for a, r in zip(got, rows, strict=True)]
         tokenizer = self.policy.base.tokenizer
         starts = [r.ids[:24].tolist() for r in self.prepared.validation[:n] if len(r) > 24]
@@ -151,14 +151,20 @@ def group(rows: Sequence[Row], tokens: int, packed: bool) -> list[list[Row]]:
 
 
 def task_rows(records: Sequence[Any]) -> list[dict[str, Any]]:
-    """Held-out conversations as task rows: the prompt's messages, the reference answers, and the record's own fields."""
-    return [{**r.extras, "prompt": r.prompt, "refs": list(r.references)} for r in records]
+    """Held-out conversations as task rows: the prompt's messages, the tools, the reference answers, and the record's own fields."""
+    return [{**r.extras, "prompt": r.prompt, "tools": r.tools, "refs": list(r.references)} for r in records]
+
+
+def answer_rows(policy: Policy, rows: Sequence[dict[str, Any]], **how: Any) -> list[dict[str, Any]]:
+    """Answers to task rows; see `answer`."""
+    return answer(policy, [r["prompt"] for r in rows], tools=[r.get("tools") for r in rows], **how)
 
 
 def answer(
     policy: Policy,
     prompts: Sequence[Any],
     *,
+    tools: Sequence[Any] | None = None,
     template: str | None = None,
     max_new: int = 128,
     say: Any = None,
@@ -173,7 +179,7 @@ def answer(
     """
     tokenizer, limit = policy.base.tokenizer, policy.base.max_positions
     chats = [[{"role": "user", "content": p}] if isinstance(p, str) else list(p) for p in prompts]
-    ids = [list(render_prompt(c, tokenizer, template)) for c in chats]
+    ids = [render_prompt(c, tokenizer, template, tools=t) for c, t in zip(chats, tools or [None] * len(chats), strict=True)]
     stops = stop_ids(tokenizer, template)
     out: list[dict[str, Any]] = [{"prompt": p, "answer": "", "stopped": "too long", "tokens": 0} for p in prompts]
     order = sorted((i for i in range(len(ids)) if len(ids[i]) < limit), key=lambda i: len(ids[i]))

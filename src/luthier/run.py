@@ -61,7 +61,7 @@ class Data:
     max_tokens: Annotated[int | None, Range(8)] = None
     """Longest example, in tokens. Default: what the model allows, at most 2,048."""
     over_length: Literal["drop", "truncate", "split"] = "truncate"
-    """What happens to a longer one: dropped, its prompt truncated (the response is kept), or split (raw text only)."""
+    """What happens to a longer one: dropped, its prompt truncated (the response is kept), or split. Raw text is always split rather than truncated."""
     train_on: Literal["all", "last"] = "all"
     """Which assistant turns of a conversation are trained: all of them, or the last."""
     on_bad_row: Literal["stop", "skip"] = "stop"

@@ -4,9 +4,9 @@ import io
 import json
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from luthier.cli import main
 
 
@@ -92,8 +92,8 @@ def test_export_runs_llama_cpps_converter_where_it_is(home, tmp_path, capsys):
 
 def test_eval_scores_beside_the_base_and_beside_copying(home, tmp_path, capsys):
     data = home / "data.jsonl"
-    code, out, _ = said(capsys, "eval", home / "runs" / "r", "--data", data, "--task", "bleu", "--task", "exact_match", "--copy-from", data, "--json", "--max-new", 8,
-                        "--output", tmp_path / "o.jsonl")  # fmt: skip
+    ask = ("eval", home / "runs" / "r", "--data", data, "--task", "bleu", "--task", "exact_match", "--copy-from", data, "--max-new", 8)
+    code, out, _ = said(capsys, *ask, "--json", "--output", tmp_path / "o.jsonl")
     assert code == 0
     columns = json.loads(out)
     assert set(columns) == {"tuned", "base", "copy"}
@@ -114,7 +114,9 @@ def test_eval_of_raw_text_gives_bits_per_byte(home, tmp_path, capsys):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_run_on_cuda_learns_and_reopens_on_the_cpu(home, tmp_path, capsys):
-    code, *_ = said(capsys, "train", home / "data.jsonl", "--model", home / "base", "place.on=cuda", "optim.steps=6", f"out={tmp_path}", "name=r", "optim.lr=2e-2")
+    code, *_ = said(
+        capsys, "train", home / "data.jsonl", "--model", home / "base", "place.on=cuda", "optim.steps=6", f"out={tmp_path}", "name=r", "optim.lr=2e-2"
+    )
     assert code == 0
     result = json.loads((tmp_path / "r" / "result.json").read_text())
     assert result["after"]["loss"]["value"] < result["before"]["loss"]["value"]

@@ -102,12 +102,11 @@ def _answers(policy: Policy, prepared: Any, template: str | None, max_new: int) 
 
     from rich.console import Console
 
-    from ..measure import answer, task_rows
+    from ..measure import answer_rows, task_rows
     from ..progress import Reporter
 
-    prompts = [r["prompt"] for r in task_rows(prepared.validation_records)]
     say = Reporter(Console(file=sys.stderr, highlight=False))
-    return [a["answer"] for a in answer(policy, prompts, template=template, max_new=max_new, say=say, label="answering")]
+    return [a["answer"] for a in answer_rows(policy, task_rows(prepared.validation_records), template=template, max_new=max_new, say=say, label="answering")]
 
 
 def _scores(tasks: dict[str, Any], prepared: Any, answers: list[str], seed: int) -> dict[str, Score]:
@@ -146,12 +145,15 @@ def _print(columns: dict[str, dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(show_edge=False, pad_edge=False)
-    table.add_column("measure")
+    table.add_column("measure", no_wrap=True)
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     for key in dict.fromkeys(k for cells in columns.values() for k in cells):
         table.add_row(key, *(_cell(cells.get(key)) for cells in columns.values()))
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 120  # a pipe has no width of its own
+    console.print(table)
 
 
 def _cell(value: Score | Mean | None) -> str:
