@@ -18,7 +18,7 @@ SHOWN = 3
 def command(
     out: Annotated[Path, typer.Option(help="The folder that holds runs.")] = Path("runs"),
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same run.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 120,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 200,
     rows: Annotated[int, typer.Option(min=1, help="Held-out rows answered before and after.")] = 100,
 ) -> None:
     """Demo: teach fiddle, the embedded base, to write up a workshop's notes as sentences, with LoRA, and say what was gained and what was forgotten."""
