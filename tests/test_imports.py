@@ -51,6 +51,7 @@ LAW: dict[str, set[str]] = {
     "build": BASICS | {"site", "attention", "policy", "probe", "hub", "run", "plugins", "adapter"},
     "opening": {"core", "hub", "plugins", "policy", "run", "adapter", "build"},
     "measure": {"core", "data", "evaluate", "objectives", "plugins", "policy", "run"},
+    "reading": {"core", "data", "run"},
     "progress": {"core", "counts", "measure", "plugins", "train", "session"},
 }
 ANYTHING_BUT_CLI = {"session", "__init__"}

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from . import __version__, adapter, atomic, build, checkpoint, config, counts
 from .core import LuthierError
 from .data.feed import Batches
-from .data.prepare import Prepared, prepare
+from .data.prepare import Prepared
 from .errors import Interrupted
 from .log import Log
 from .measure import Measures, Scorer
@@ -34,6 +34,7 @@ from .optim import Optimizer, default_lr
 from .plugins import kind_of
 from .policy import Policy
 from .progress import Reporter
+from .reading import read_data
 from .run import Run
 from .train import Step, train
 
@@ -85,7 +86,7 @@ def execute(run: Run, *, resume: Path | None = None, accept_changes: bool = Fals
     if base.tokenizer is None:
         build.load_tokenizer(run.model)  # says what is missing
     say.base(base)
-    prepared = _data(run, base, say)
+    prepared = read_data(run, base.tokenizer, positions=min(base.max_positions, base.tokenizer.model_max_length), say=say.note)
     folder = resume or _new_folder(run)
     try:
         session = Session(run, folder, base, prepared, say)
@@ -342,31 +343,6 @@ def _state(run: Run, resume: Path | None, accept_changes: bool, say: Reporter) -
         for line in changed:
             say.warn(f"resuming with a change: {line}")
     return state
-
-
-def _data(run: Run, base: Any, say: Reporter) -> Prepared:
-    d = run.data
-    if not d.train:
-        raise LuthierError("data.train: names no file; say luthier train FILE, or data.train=FILE")
-    return prepare(
-        d.train,
-        base.tokenizer,
-        renders=run.objective.renders,
-        template=run.model.template,
-        shape=d.shape,
-        columns=d.columns,
-        split=d.split,
-        limit=d.limit,
-        max_tokens=min(d.max_tokens or 2048, base.max_positions),
-        over_length=d.over_length,
-        train_on=d.train_on,
-        on_bad_row=d.on_bad_row,
-        validation=d.validation,
-        validation_share=d.validation_share,
-        validation_rows=d.validation_rows,
-        seed=run.seed,
-        say=say.note,
-    )
 
 
 def _new_folder(run: Run) -> Path:

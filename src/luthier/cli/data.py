@@ -31,8 +31,8 @@ def preview(
     from ..build import load_tokenizer
     from ..config import load_run
     from ..core import LuthierError
-    from ..data.prepare import prepare
     from ..data.preview import show
+    from ..reading import read_data
 
     for setting in settings or []:
         if "=" not in setting:
@@ -40,24 +40,5 @@ def preview(
     run = load_run({"data": {"train": [file]}}, [f"model.id={model}", f"objective={objective}", *(settings or [])])
     console = Console(highlight=False)
     tokenizer = load_tokenizer(run.model)
-    d = run.data
-    prepared = prepare(
-        d.train,
-        tokenizer,
-        renders=run.objective.renders,
-        template=run.model.template,
-        shape=d.shape,
-        columns=d.columns,
-        split=d.split,
-        limit=d.limit,
-        max_tokens=d.max_tokens or min(2048, tokenizer.model_max_length),
-        over_length=d.over_length,
-        train_on=d.train_on,
-        on_bad_row=d.on_bad_row,
-        validation=d.validation,
-        validation_share=d.validation_share,
-        validation_rows=d.validation_rows,
-        seed=run.seed,
-        say=lambda text: console.print(Text(text), soft_wrap=True),
-    )
+    prepared = read_data(run, tokenizer, positions=tokenizer.model_max_length, say=lambda text: console.print(Text(text), soft_wrap=True))
     show(prepared.train[:rows], tokenizer, prepared.facts, console)
