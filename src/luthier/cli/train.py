@@ -50,7 +50,8 @@ def command(
     reporter.result(result)
     where = result.artefact
     reporter.note(f'try it:      luthier chat {where}    or    luthier generate {where} --prompt "..."')
-    reporter.note(f"merge it:    luthier merge {where} --output merged/")
+    if where.name == "adapter":  # a whole model has nothing to merge
+        reporter.note(f"merge it:    luthier merge {where} --output merged/")
 
 
 def _sort(what: list[str]) -> tuple[str | None, list[str], list[str]]:
