@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .core import Segments
+from .core import PACKED_MULTIPLE, Segments, round_up
 from .site import current
 
 NAME = "luthier"
@@ -71,7 +71,7 @@ def plan(segments: Segments, total: int, width: int, device: torch.device) -> tu
         size = 32
         while size < n and size < MERGE_BELOW:
             size *= 2
-        buckets.setdefault(size if n <= size else -(-n // 64) * 64, []).append(s)
+        buckets.setdefault(size if n <= size else round_up(n, PACKED_MULTIPLE), []).append(s)
     first = segments.first(width)
     back = torch.zeros(total, dtype=torch.long)  # positions of padding read result 0
     out, base = [], 0

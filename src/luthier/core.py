@@ -134,7 +134,7 @@ def lay_out(rows: Sequence[Row], pad: int, packed: bool) -> tuple[Tensor, Tensor
     lengths = [len(r) for r in rows]
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]) if packed else np.zeros(len(rows), dtype=np.int64)
     which = np.zeros(len(rows), dtype=np.int64) if packed else np.arange(len(rows))
-    shape = (1, _up(sum(lengths), PACKED_MULTIPLE)) if packed else (len(rows), _up(max(lengths), PADDED_MULTIPLE))
+    shape = (1, round_up(sum(lengths), PACKED_MULTIPLE)) if packed else (len(rows), round_up(max(lengths), PADDED_MULTIPLE))
     ids_BT, targets_BT = np.full(shape, pad, dtype=np.int64), np.full(shape, IGNORE, dtype=np.int64)
     for r, b, t in zip(rows, which, starts, strict=True):
         ids_BT[b, t : t + len(r)] = r.ids
@@ -151,7 +151,8 @@ class Loss:
     metrics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # (sum, count)
 
 
-def _up(n: int, multiple: int) -> int:
+def round_up(n: int, multiple: int) -> int:
+    """The least multiple that is not below n."""
     return -(-n // multiple) * multiple
 
 
