@@ -107,7 +107,7 @@ def test_short_bf16_attention_is_as_close_to_fp32_as_the_flash_kernel(window, gr
         leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
         attention.SHORT, keep = (256 if short else 0), attention.SHORT
         try:
-            out = attention._causal(*leaves, **how)
+            out = attention._rows(*leaves, attention.How(**how, causal=True))
         finally:
             attention.SHORT = keep
         out.backward(upstream.to(dtype))

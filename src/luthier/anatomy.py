@@ -82,6 +82,9 @@ class Anatomy:
     experts: bool  # its feed-forward is a mixture of experts
     head_scale: float  # logits = cap(scale * head(hidden))
     head_cap: float | None
+    kind: str = "decoder"  # or "encoder", "encoder_decoder"
+    first_position: int = 0  # the position id of an example's first token
+    decoder_start: int = 0  # the token an encoder-decoder's answer begins with
 
     @classmethod
     def of(cls, model: Any) -> Anatomy:
@@ -130,10 +133,42 @@ class Anatomy:
             found.update(hits)
         return [p for p in everything if p in found]
 
+    def before_head(self, model: Any, hidden: Tensor) -> Tensor:
+        """What the output matrix is applied to: the hidden states, or a family's transform of them."""
+        return hidden
+
     def head(self, model: Any, hidden: Tensor) -> Tensor:
         """fp32 logits of hidden states (..., D), as the model itself makes them."""
-        logits = model.get_output_embeddings()(hidden).float() * self.head_scale
+        logits = model.get_output_embeddings()(self.before_head(model, hidden)).float() * self.head_scale
         return logits if self.head_cap is None else self.head_cap * torch.tanh(logits / self.head_cap)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention module: what `attention.attend` gets as its module."""
+
+    path: str
+    module: nn.Module
+    heads: int  # of keys and values
+    dim: int  # of each
+
+    @property
+    def columns(self) -> int:
+        """Numbers that one virtual token takes here: its key and its value."""
+        return 2 * self.heads * self.dim
+
+
+def attentions(model: Any) -> list[Attention]:
+    """All attentions in model order: an encoder-decoder's encoder first, in its decoder self before cross."""
+    out = []
+    for path, module in model.named_modules():
+        if not (hasattr(module, "layer_idx") and hasattr(module, "is_causal") and any(is_linear(m) for m in module.children())):
+            continue
+        config = getattr(module, "config", None) or model.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        dim = next((d for k in ("head_dim", "key_value_proj_dim", "attention_head_size") if (d := getattr(module, k, None))), None)
+        out.append(Attention(path, module, heads, dim or config.hidden_size // config.num_attention_heads))
+    return out
 
 
 def trunk(model: Any) -> nn.Module:

@@ -207,7 +207,8 @@ class Base:
 
     @property
     def width(self) -> int:
-        return self.model.config.get_text_config().hidden_size
+        config = self.model.config.get_text_config()
+        return getattr(config, "hidden_size", None) or config.d_model
 
 
 # --- methods --------------------------------------------------------------------------------------------------------
@@ -220,6 +221,9 @@ class Delta:
     params: dict[str, nn.Parameter]  # key: "<path in the untouched base>:<leaf>"
     buffers: dict[str, Tensor] = field(default_factory=dict)  # saved, not trained
     optim: dict[str, dict[str, float]] = field(default_factory=dict)  # key pattern -> {"lr": 16.0 (a factor), "decay": 0}
+    prompt: Callable[[], Tensor] | None = None  # (P, D) vectors put before every example, stripped from the hidden states
+    prefix: Callable[[], Mapping[nn.Module, tuple[Tensor, Tensor]]] | None = None  # attention module -> keys and values (P, H_kv, d) that every example sees
+    shift: int = 0  # positions the text moves: the length of the prompt or prefix; counts against the model's maximum
     penalty: Callable[[], Tensor] | None = None  # once per optimizer step
     on_step: Callable[[int, int], None] | None = None  # (step, total): a pure function of seed and step
     fold: Callable[[], None] | None = None  # write the delta into the weights; None where that is impossible

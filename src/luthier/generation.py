@@ -1,4 +1,4 @@
-"""Sampling answers: one batched loop with a key-value cache, finished rows dropped, log-probabilities kept.
+"""Sampling answers: one batched loop, finished rows dropped, log-probabilities kept.
 
 Random numbers are a function of (seed, number of the prompt, step), so an answer does not depend on what else is in its batch.
 """
@@ -6,23 +6,19 @@ Random numbers are a function of (seed, number of the prompt, step), so an answe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
-from .anatomy import Anatomy, trunk
 from .core import LuthierError, Rollout
+from .decoding import Steps
 
 
 @torch.no_grad()
 def generate(
-    lm: Any,
-    anatomy: Anatomy,
+    steps: Steps,
     prompts: Sequence[Sequence[int]],
     *,
-    pad: int,
     limit: int,
     max_new: int = 64,
     temperature: float = 0.0,
@@ -44,23 +40,15 @@ def generate(
         if not 0 < len(p) < limit:
             raise LuthierError(f"prompt {i + 1} has {len(p)} tokens; this model takes 1 to {limit - 1}")
     out = Rollout([[] for _ in prompts], [[] for _ in prompts], ["length"] * len(prompts))
-    if not prompts:
+    most = min(max_new, steps.room(prompts, limit)) if prompts else 0
+    if most < 1:
         return out
-    device = next(lm.parameters()).device
-    width = max(len(p) for p in prompts)
-    ids_BT = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=device)
-    mask_BT = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     draws = [torch.Generator().manual_seed((seed * 1_000_003 + n) % 2**63) for n in numbers or range(len(prompts))]
     stops = set(stop)
-    cache = DynamicCache(config=lm.config)
     rows = list(range(len(prompts)))  # which prompt each row of the batch answers
-    positions_B = mask_BT.sum(1)
-    step_ids, step_positions = ids_BT, (mask_BT.cumsum(1) - 1).clamp(min=0)
-    for _ in range(min(max_new, limit - width)):
-        # Without padding the mask says nothing, and without a mask attention takes its fast path.
-        masked = {"attention_mask": mask_BT} if bool((mask_BT == 0).any()) else {}
-        h_BD = trunk(lm)(input_ids=step_ids, position_ids=step_positions, past_key_values=cache, use_cache=True, **masked).last_hidden_state[:, -1]
-        logp_BV = anatomy.head(lm, h_BD).log_softmax(-1)
+    h_BD = steps.begin(prompts)
+    for new in range(1, most + 1):
+        logp_BV = steps.logits(h_BD).log_softmax(-1)
         token_B = choose(logp_BV, [draws[r] for r in rows], temperature, top_k, top_p)
         done = []
         for b, (r, t, lp) in enumerate(zip(rows, token_B.tolist(), logp_BV.gather(1, token_B[:, None]).squeeze(1).tolist(), strict=True)):
@@ -71,17 +59,13 @@ def generate(
                 done.append(b)
             elif on_token is not None:
                 on_token(t)
-        if len(done) == len(rows):
+        if len(done) == len(rows) or new == most:
             break
-        mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(rows), 1)], 1)
         if done:
-            keep = [b for b in range(len(rows)) if b not in set(done)]
-            index = torch.tensor(keep, device=device)
-            cache.batch_select_indices(index)
-            mask_BT, token_B, positions_B = mask_BT[index], token_B[index], positions_B[index]
-            rows = [rows[b] for b in keep]
-        step_ids, step_positions = token_B[:, None], positions_B[:, None]
-        positions_B = positions_B + 1
+            kept = [b for b in range(len(rows)) if b not in set(done)]
+            steps.keep(kept)
+            token_B, rows = token_B[kept], [rows[b] for b in kept]
+        h_BD = steps.go_on(token_B)
     return out
 
 

@@ -57,6 +57,16 @@ class Range:
         return " and ".join(low + ([] if self.high is None else [f"at most {self.high:g}"]))
 
 
+def within_ranges(obj: Any) -> None:
+    """For a plug-in's ``__post_init__``: raise ConfigError where a number lies outside the Range of its field."""
+    for name, hint in hints(type(obj)).items():
+        _, _, bounds = unwrap(hint)
+        value = getattr(obj, name)
+        for v in value.values() if isinstance(value, dict) else [value]:
+            if bounds is not None and v is not None and not bounds.holds(v):
+                raise ConfigError(f"{name}: must be {bounds}, found {v}")
+
+
 def folder(package: str) -> Path:
     """Where the files of an axis stand."""
     return Path(__file__).parent / package

@@ -1,4 +1,4 @@
-"""A base with a delta and heads: what every objective trains, every evaluation scores and every answer comes from."""
+"""A base with its deltas and heads: what every objective trains, every evaluation scores and every answer comes from."""
 
 from __future__ import annotations
 
@@ -12,13 +12,19 @@ from torch.utils.checkpoint import checkpoint
 
 from . import attention, generation
 from .anatomy import trunk
-from .core import Base, Batch, Delta, Incompatible, Method, Rollout
+from .core import Base, Batch, Delta, Incompatible, LuthierError, Method, Rollout, Stream
+from .decoding import DecoderSteps, Seq2SeqSteps
 from .nn.logprob import chunks, linear_logp, shape_logits
-from .site import Frame, sites, using
+from .prompts import Longer, make_room, put_in
+from .site import Frame, members, sites, using
 
 
 class Policy(nn.Module):
-    """The model being trained. ``name`` is the delta's; with no delta it is the base itself."""
+    """The model being trained, or a base that serves several deltas. ``name`` is the first delta's; with no delta it is the base itself.
+
+    A route says what serves an example: None the base, "a" a delta, "a+b" a stack of two. `use` sets it for all calls, ``batch.route`` for each
+    example of a batch.
+    """
 
     def __init__(
         self, base: Base, delta: Delta | None = None, *, method: Method | None = None, name: str = "default", heads: dict[str, nn.Module] | None = None
@@ -26,41 +32,134 @@ class Policy(nn.Module):
         super().__init__()
         self.lm = base.model
         self.heads = nn.ModuleDict(heads or {})
-        self.base, self.delta, self.method = base, delta, method
+        self.base, self.method, self.name = base, method, name
+        self.deltas: dict[str, Delta] = {}
         self.active: str | None = None
+        if delta is not None:
+            self.add(name, delta)
         self.use(name if delta is not None else None)
 
-    def use(self, name: str | None) -> None:
-        """Choose the delta that serves calls without a route; None: the base."""
-        self.active = name
+    @property
+    def delta(self) -> Delta | None:
+        """The delta that is trained and saved: the first."""
+        return self.deltas.get(self.name)
+
+    def add(self, name: str, delta: Delta) -> None:
+        """Serve one more delta, attached to this base under this name. Raises LuthierError for a name that is taken or could not be told from a stack."""
+        if name in self.deltas:
+            raise LuthierError(f"there is already a delta called {name!r} on this base; there are {', '.join(self.deltas)}")
+        if not name or not set(name) <= NAME_CHARACTERS:
+            raise LuthierError(f"{name!r}: a delta's name takes letters, digits, - and _; + joins the names of a stack")
+        self.deltas[name] = delta
+
+    def use(self, route: str | None) -> None:
+        """Choose what serves calls without a route; None: the base. Raises LuthierError for a name that is not here."""
+        self._known(route)
+        self.active = route
         for site in sites(self.lm).values():
-            site.active = name
+            site.active = route
+
+    def _known(self, *routes: str | None) -> None:
+        for name in {n for r in routes for n in members(r)} - set(self.deltas):
+            raise LuthierError(f"no delta is called {name!r} here; there are {', '.join(self.deltas) or 'none, only the base'}")
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
         return next(self.lm.parameters()).device
 
+    @property
+    def limit(self) -> int:
+        """Positions that are left to the text: the model's, less what the delta in use puts before it."""
+        return self.base.max_positions - sum(self.deltas[n].shift for n in members(self.active))
+
     def trained(self) -> dict[str, nn.Parameter]:
         """Everything the optimizer moves: the delta's parameters and the heads'."""
         params = dict(self.delta.params) if self.delta is not None else {}
         return params | {f"heads.{n}": p for n, p in self.heads.named_parameters()}
 
+    # --- forward ------------------------------------------------------------------------------------------------------
+
     def hidden(self, batch: Batch) -> Tensor:
-        """(B, T, D) last hidden states, aligned with ``batch.ids``. Examples never see one another."""
-        route: Any = self.active if batch.route is None else batch.route
-        example_BT = batch.segments.example(batch.shape).to(self.device) if isinstance(route, tuple) else None
-        inputs: dict[str, Any] = {"input_ids": batch.ids, **batch.inputs, "use_cache": False}
-        if self.lm.config._attn_implementation == attention.NAME:
-            inputs["position_ids"] = batch.segments.positions(batch.shape).to(self.device)
-            frame = Frame(route, batch.segments, example_BT)
-        else:  # the model's own attention: one example a row, masked by transformers
-            if not batch.segments.plain:
-                raise Incompatible(f"{self.base.anatomy.family} was found to leak between examples of one row; use data.pack=no")
-            inputs["attention_mask"] = (batch.segments.example(batch.shape) >= 0).to(self.device)
-            frame = Frame(route, None, example_BT)
+        """(B, T, D) last hidden states, aligned with ``batch.ids``. Examples never see one another. An encoder-decoder gives its decoder's."""
+        route: Any = self.active if batch.route is None else tuple(batch.route)
+        self._known(*(route if isinstance(route, tuple) else (route,)))
+        if batch.source is None:
+            return self._run(trunk(self.lm), batch, route, prompted=True)
+        source, encoded = self._encode(batch.source, route)
+        seen = {"encoder_hidden_states": encoded, "encoder_attention_mask": real(source).to(self.device)}
+        return self._run(self.lm.get_decoder(), batch, route, prompted=False, **seen)
+
+    def _encode(self, source: Stream, route: Any) -> tuple[Stream, Tensor]:
+        """The encoder's stream, prompts included, and its hidden states."""
+        longer, states = self._states(self.lm.get_encoder(), source, route, prompted=True)
+        return (source if longer is None else longer.stream), states
+
+    def _run(self, module: Any, stream: Stream, route: Any, *, prompted: bool, **more: Any) -> Tensor:
+        longer, states = self._states(module, stream, route, prompted=prompted, **more)
+        if longer is None:
+            return states
+        return states.flatten(0, 1).index_select(0, longer.back.flatten()).view(*stream.shape, states.shape[-1])
+
+    def _states(self, module: Any, stream: Stream, route: Any, *, prompted: bool, **more: Any) -> tuple[Longer | None, Tensor]:
+        """Hidden states of a stream with its prompts in front of the examples."""
+        routes = route if isinstance(route, tuple) else (route,) * len(stream.segments)
+        made = {r: self.prompt(r) for r in dict.fromkeys(routes)} if prompted else {}
+        longer = None
+        if any(p is not None for p in made.values()):
+            prompts = [made[r] for r in routes]
+            longer = make_room(stream, [0 if p is None else len(p) for p in prompts], self.pad)
+            stream = longer.stream
+        inputs: dict[str, Any] = {**stream.inputs, **more, "use_cache": False}
+        frame, where = self._frame(stream, route, seq2seq=module is not trunk(self.lm))
         with using(frame):
-            return trunk(self.lm)(**inputs).last_hidden_state
+            if longer is None:
+                inputs["input_ids"] = stream.ids
+            else:
+                inputs["inputs_embeds"] = put_in(self.lm.get_input_embeddings()(stream.ids), longer, prompts)
+            return longer, module(**inputs, **where).last_hidden_state
+
+    def _frame(self, stream: Stream, route: Any, *, seq2seq: bool) -> tuple[Frame, dict[str, Tensor]]:
+        """The frame of a forward, and the inputs that say where examples lie."""
+        prefixes = self.prefixes(route)
+        ours = self.lm.config._attn_implementation == attention.NAME
+        if not ours and prefixes:
+            raise Incompatible(
+                f"the attention of this model ({self.base.anatomy.family}) is its own, so no prefix can enter it; use a method that edits outputs"
+            )
+        if ours and not seq2seq:
+            positions = stream.segments.positions(stream.shape) + self.base.anatomy.first_position
+            example_BT = stream.segments.example(stream.shape) if isinstance(route, tuple) else None
+            if prefixes:
+                shift = torch.tensor([self._shift(r) for r in (route if isinstance(route, tuple) else (route,) * len(stream.segments))])
+                example = stream.segments.example(stream.shape)
+                positions = positions + torch.where(example < 0, 0, shift[example])
+            frame = Frame(route, stream.segments, None if example_BT is None else example_BT.to(self.device), prefixes)
+            return frame, {"position_ids": positions.to(self.device)}
+        if not stream.segments.plain:  # one example a row, masked by transformers
+            raise Incompatible(f"{self.base.anatomy.family} was found to leak between examples of one row; use data.pack=no")
+        return Frame(route, None, None, prefixes), {"attention_mask": real(stream).to(self.device)}
+
+    # --- what deltas of the kind "sequence" bring ------------------------------------------------------------------------
+
+    @property
+    def pad(self) -> int:
+        """A token id for places that hold no token."""
+        return getattr(self.base.tokenizer, "pad_token_id", None) or 0
+
+    def prompt(self, route: str | None) -> Tensor | None:
+        """(P, D) vectors before every example of a route; a stack's come in its order."""
+        parts = [made() for n in members(route) if (made := self.deltas[n].prompt) is not None]
+        return torch.cat(parts) if parts else None
+
+    def prefixes(self, route: Any) -> dict[str, Any]:
+        """Keys and values by delta and attention module; made here, once a forward, outside what recomputation repeats."""
+        names = dict.fromkeys(n for r in (route if isinstance(route, tuple) else (route,)) for n in members(r))
+        return {n: made() for n in names if (made := self.deltas[n].prefix) is not None}
+
+    def _shift(self, route: str | None) -> int:
+        """Positions by which prefixes move the text of a route; a soft prompt moves it by standing there."""
+        return sum(self.deltas[n].shift for n in members(route) if self.deltas[n].prefix is not None)
 
     def score(self, hidden_ND: Tensor, token_N: Tensor, *, temperature: float = 1.0, want: Sequence[str] = ("logp",)) -> dict[str, Tensor]:
         """What the head says of N scored positions, fp32 (N,) each, without N x V logits.
@@ -68,6 +167,7 @@ class Policy(nn.Module):
         logp: log p(token). entropy: of the distribution, in nats. mean_logp: average log p over the vocabulary.
         """
         head, rule = self.lm.get_output_embeddings(), self.base.anatomy
+        hidden_ND = rule.before_head(self.lm, hidden_ND)
         if tuple(want) == ("logp",) and type(head) is nn.Linear:
             weight = head.weight if head.weight.dtype == hidden_ND.dtype else head.weight.to(hidden_ND.dtype)
             return {"logp": linear_logp(hidden_ND, weight, head.bias, token_N, scale=rule.head_scale / temperature, cap=rule.head_cap)}
@@ -85,12 +185,19 @@ class Policy(nn.Module):
         parts = [checkpoint(some, hidden_ND[c], token_N[c], use_reentrant=False) for c in chunks(max(1, len(hidden_ND)), vocabulary)]
         return {w: torch.cat([p[i] for p in parts]) for i, w in enumerate(want)}
 
-    def generate(self, source: Sequence[Sequence[int]], **how: Any) -> Rollout:
-        """Continue each prompt of token ids; see generation.generate for the choices."""
+    def generate(self, source: Sequence[Sequence[int]], *, route: Sequence[str | None] | None = None, **how: Any) -> Rollout:
+        """Continue each prompt of token ids (an encoder-decoder: answer it); see generation.generate for the choices.
+
+        ``route``: what serves each prompt; default: what is in use, for all.
+        """
+        routes = [self.active] * len(source) if route is None else list(route)
+        self._known(*routes)
         training = self.training
         self.eval()
         try:
-            return generation.generate(self.lm, self.base.anatomy, source, pad=self.base.tokenizer.pad_token_id or 0, limit=self.base.max_positions, **how)
+            limit = self.base.max_positions - max((sum(self.deltas[n].shift for n in members(r)) for r in set(routes)), default=0)
+            steps = (Seq2SeqSteps if self.base.anatomy.kind == "encoder_decoder" else DecoderSteps)(self, routes)
+            return generation.generate(steps, source, limit=limit, **how)
         finally:
             self.train(training)
 
@@ -114,5 +221,13 @@ class Policy(nn.Module):
         if self.delta is None or self.delta.fold is None:
             raise Incompatible("this delta cannot be folded into weights: it changes what no single weight holds")
         self.delta.fold()
-        self.delta = None
+        del self.deltas[self.name]
         self.use(None)
+
+
+NAME_CHARACTERS = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_")
+
+
+def real(stream: Stream) -> Tensor:
+    """(B, T): where a token of an example stands."""
+    return stream.segments.example(stream.shape) >= 0

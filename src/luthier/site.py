@@ -1,13 +1,14 @@
 """Where deltas meet a model, once for all methods: Frame, Edit, Site.
 
-A Frame says which delta serves which example and where examples lie in the stream. It is an immutable value in one cell, read by every Site
-and by attention. Recomputation under gradient checkpointing runs after the forward has returned, so `restoring` puts the same frame
-back: a plain context manager around the forward would be gone by then, and the gradients silently wrong.
+A route names the delta that serves an example: None is the base, "a" one delta, "a+b" a stack of two, applied in that order.
+A Frame says which route serves which example and where examples lie in the stream. It is an immutable value in one cell, read by every Site and by
+attention. Recomputation under gradient checkpointing runs after the forward has returned, so `restoring` puts the same frame back: a plain
+context manager around the forward would be gone by then, and the gradients silently wrong.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -26,9 +27,25 @@ class Frame:
     """One forward's circumstances."""
 
     route: Route = None  # one name (or None: the base) for everything, or one per example
-    segments: Segments | None = None  # where examples lie; None: attention masks come from transformers (generation)
-    example_BT: Tensor | None = None  # (B, T) on the device, -1 on padding; needed by a mixed route only
+    segments: Segments | None = None  # where examples lie; None: one example a row, and attention masks come from transformers
+    example_BT: Tensor | None = None  # (B, T) on the device, -1 on padding; needed by a mixed route over segments only
+    prefixes: Mapping[str, Mapping[nn.Module, tuple[Tensor, Tensor]]] = field(default_factory=dict)  # delta -> attention module -> keys, values (P, H_kv, d)
     plans: dict[Any, Any] = field(default_factory=dict)  # what attention worked out for these segments, shared by the layers
+
+    def serves(self, name: str, shape: tuple[int, int]) -> Tensor:
+        """(B, T) or (B, 1): where in an input of this shape a mixed route has the delta ``name``; nowhere on padding."""
+        assert isinstance(self.route, tuple)
+        on = [name in members(r) for r in self.route]
+        if self.example_BT is not None and self.example_BT.shape == shape:
+            return torch.tensor([*on, False], device=self.example_BT.device)[self.example_BT]  # index -1 (padding) reads the appended False
+        if self.segments is None and shape[0] == len(on):
+            return torch.tensor(on)[:, None]
+        raise Incompatible(f"this module sees inputs of shape {shape}, not (rows, tokens); examples cannot be told apart in it")
+
+
+def members(route: str | None) -> tuple[str, ...]:
+    """The deltas of one example's route, in the order in which they apply."""
+    return () if route is None else tuple(route.split("+"))
 
 
 _CELL: ContextVar[Frame | None] = ContextVar("luthier_frame", default=None)
@@ -86,32 +103,37 @@ class Site(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("base"), name)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         frame = _CELL.get()
         route = self.active if frame is None else frame.route
+        if route is None or not self.edits:
+            return self.base(x, *args, **kwargs)
         if isinstance(route, tuple):
             return self._mixed(frame, route, x, *args, **kwargs)  # type: ignore[arg-type]
-        if route is None or route not in self.edits:
-            return self.base(x, *args, **kwargs)
-        edit: Edit = self.edits[route]  # type: ignore[assignment]
-        x = edit.before(x)
-        return edit.after(x, self.base(x, *args, **kwargs))
+        edits: list[Edit] = [self.edits[n] for n in members(route) if n in self.edits]  # type: ignore[misc]
+        for edit in edits:
+            x = edit.before(x)
+        out = self.base(x, *args, **kwargs)
+        if not edits:
+            return out
+        y, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)  # blocks and attentions may return more than their output
+        for edit in edits:
+            y = edit.after(x, y)
+        return y if rest is None else (y, *rest)
 
-    def _mixed(self, frame: Frame, route: tuple[str | None, ...], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _mixed(self, frame: Frame, route: tuple[str | None, ...], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Different deltas in one batch: the base once, each edit on its own examples' positions."""
-        assert frame.example_BT is not None
-        if x.shape[:2] != frame.example_BT.shape:
-            raise Incompatible(f"this module sees inputs of shape {tuple(x.shape)}, not (rows, tokens, width); examples cannot be told apart in it")
-        where = {}
-        for name in {n for n in route if n is not None and n in self.edits}:
-            serves = torch.tensor([n == name for n in route] + [False], device=x.device)
-            where[name] = serves[frame.example_BT][..., None]  # index -1 (padding) reads the appended False
+        order: dict[str, None] = {}  # an example's stack keeps its own order; no two orders of the same deltas share a batch
+        for r in dict.fromkeys(route):
+            order |= dict.fromkeys(n for n in members(r) if n in self.edits)
+        where = {n: frame.serves(n, (x.shape[0], x.shape[1])).to(x.device)[(...,) + (None,) * (x.dim() - 2)] for n in order}
         for name, mask in where.items():
             x = torch.where(mask, self.edits[name].before(x), x)  # type: ignore[operator]
-        y = self.base(x, *args, **kwargs)
+        out = self.base(x, *args, **kwargs)
+        y, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
         for name, mask in where.items():
             y = torch.where(mask, self.edits[name].after(x, y), y)  # type: ignore[operator]
-        return y
+        return y if rest is None else (y, *rest)
 
     @torch.no_grad()
     def fold(self, name: str) -> None:

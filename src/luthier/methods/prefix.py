@@ -1,0 +1,54 @@
+"""Prefix tuning: trained keys and values in every attention, which every token sees.
+
+Li & Liang, 2021, arXiv 2101.00190, sections 4.2 and 4.3. They enter inside attention, not as a cache: so prefixes train under gradient checkpointing and
+packed, with grouped queries, in encoders and on both sides of encoder-decoders, and serve beside other deltas in one batch.
+
+How it differs from the paper:
+1. The network that makes the prefix (the paper's MLP) is a choice, ``hidden``; without it keys and values are trained directly.
+2. They start as the keys and values the model computes for a text; with an MLP they are added to its output, which starts at 0.
+3. The text's positions start behind the prefix, as in PEFT, where a model takes its positions from outside. A prefix is never inside a sliding window,
+   and T5's relative positions do not reach it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+from torch import Tensor
+
+from ..core import Base, Delta
+from ..deep import attach_prefix, read_prefix
+from ..plugins import Range, within_ranges
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A prefix in every attention."""
+
+    edits: ClassVar[Literal["sequence"]] = "sequence"
+    lr_factor: ClassVar[float] = 10.0
+
+    length: Annotated[int, Range(1)] = 20
+    """Virtual tokens every example sees in every layer; they count against the model's positions."""
+    hidden: Annotated[int | None, Range(1)] = None
+    """Width of the MLP that makes the prefix during training (512 or 800 in the paper). Default: none, trained directly."""
+    init: Literal["text", "random"] = "text"
+    """text: the keys and values of init_text (of sampled tokens, where the model has no tokenizer). random: small noise."""
+    init_text: str = "Answer the request below clearly and correctly."
+    """The text of init=text, repeated to the length."""
+    from_: str | None = None
+    """Start from the delta saved in this adapter's or run's folder, instead of from init."""
+
+    def __post_init__(self) -> None:
+        within_ranges(self)
+
+    def attach(self, base: Base, name: str) -> Delta:
+        """Make the prefix. Raises Incompatible where it leaves no room, or the model's attention is its own."""
+        return attach_prefix(base, "prefix", self.length, hidden=self.hidden, text=self.init_text if self.init == "text" else None, std=0.02)
+
+    @classmethod
+    def from_peft(cls, config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Method, dict[str, Tensor]]:
+        """A PEFT prefix-tuning directory as this method and its params."""
+        length, params = read_prefix(tensors, "prefix")
+        return cls(length=length, init="random"), params
