@@ -1,4 +1,4 @@
-"""Shared by all tests: two threads, real data where LUTHIER_DATA names it."""
+"""Shared by all tests: one thread, real data where LUTHIER_DATA names it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # tiny.py
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need a network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: a second thread costs more than it does, and beside other work many times more
 
 
 @pytest.fixture(scope="session")

@@ -33,6 +33,12 @@ def test_the_head_rule_reproduces_the_models_own_logits(family):
         ("phi", ["mlp"], {"fc1", "fc2"}),
         ("phi3", ["q", "gate"], {"qkv_proj", "gate_up_proj"}),
         ("qwen3_moe", ["all"], {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        ("bert", ["attention"], {"query", "key", "value", "dense"}),
+        ("roberta", ["q", "v"], {"query", "value"}),
+        ("modernbert", ["query", "gate"], {"Wqkv", "Wi"}),
+        ("t5", ["mlp"], {"wi", "wo"}),
+        ("t5_gated", ["gate", "up"], {"wi_0", "wi_1"}),
+        ("bart", ["output", "down"], {"out_proj", "fc2"}),
     ],
 )
 def test_names_mean_the_same_role_in_every_family(family, names, leaves):
@@ -44,6 +50,32 @@ def test_names_mean_the_same_role_in_every_family(family, names, leaves):
 def test_gpt2s_output_is_the_attentions_and_not_the_mlps():
     model = tiny.model("gpt2")
     assert all(".attn." in p for p in Anatomy.of(model).targets(model, ["output"]))
+
+
+def test_berts_output_and_down_are_two_although_both_end_in_output_dense():
+    model = tiny.model("bert")
+    output, down = (Anatomy.of(model).targets(model, [role]) for role in ("output", "down"))
+    assert all(p.endswith(".attention.output.dense") for p in output) and not set(output) & set(down)
+    assert [p for p in down if ".attention." in p] == [] and len(output) == len(down) == 2
+
+
+def test_a_regular_expression_reaches_one_stack_of_an_encoder_decoder():
+    model = tiny.model("t5")
+    assert {p.split(".")[0] for p in Anatomy.of(model).targets(model, ["query"])} == {"encoder", "decoder"}
+    found = Anatomy.of(model).targets(model, [r"decoder\..*EncDecAttention\.[qv]"])
+    assert len(found) == 6 and all(".EncDecAttention." in p for p in found)
+
+
+def test_a_family_that_is_in_no_table_is_read_from_its_structure(monkeypatch):
+    from luthier import anatomy
+
+    for family in ("llama", "bart"):
+        model = tiny.model(family)
+        known = Anatomy.of(model)
+        monkeypatch.setitem(anatomy.FAMILIES, family, {})
+        guessed = Anatomy.of(model)
+        assert guessed.linears and set(guessed.linears) == set(known.linears)
+        assert guessed.linears["down"] == known.linears["down"]
 
 
 def test_a_name_that_matches_nothing_is_answered_with_what_there_is():

@@ -220,7 +220,7 @@ def test_each_mistake_on_the_command_line_has_its_sentence(setting, sentence):
         ("optim:\n  lr: 1e-4\n  lr: 1e-3\n", "run.yaml, line 3: optim.lr: given twice (first in line 2); keep one"),
         ("optim:\n  lr: 1e-4\n  warmup: 100\n", "run.yaml, line 3: optim.warmup: found 100, accepted is a number, 0 to 1 (Warm-up, as a share of all steps)"),
         ("seed: 1\nlora_r: 8\n", "run.yaml, line 2: lora_r: unknown key; did you mean method.rank?"),
-        ("method:\n  kind: lora\n  ranks: 8\n", "run.yaml, line 3: method.ranks: method lora has no such key; did you mean method.rank?"),
+        ("method:\n  kind: lora\n  rnk: 8\n", "run.yaml, line 3: method.rnk: method lora has no such key; did you mean method.rank?"),
         ("method:\n  kind: lorra\n", "run.yaml, line 2: method.kind: no method is called 'lorra'; did you mean lora?"),
         ("method:\n  kind: lora\n  rank: 0\n", "run.yaml, line 3: method.rank: must be at least 1, found 0"),
         ("data:\n  train:\n    - a\n    - [b]\n", "run.yaml, line 4: data.train.1: found the list ['b'], accepted is text"),

@@ -7,6 +7,7 @@ import tiny
 from luthier.core import LuthierError
 from luthier.methods.full import Method as Full
 from luthier.methods.lora import Method as Lora
+from luthier.methods.partial import Method as Partial
 from luthier.optim import Optimizer, default_lr
 
 
@@ -45,6 +46,40 @@ def test_a_pattern_scales_the_learning_rate_and_the_decay():
         torch.testing.assert_close(ours[k], theirs[k], atol=1e-6, rtol=1e-6)
 
 
+def test_a_pattern_can_fix_a_rate_of_its_own_that_follows_the_schedule():
+    ours, theirs = params(), params()
+    optimizer = Optimizer(ours, lr=1e-2, patterns={"^a": {"rate": 0.3}})
+    adam = torch.optim.AdamW([{"params": [theirs["a:w"]], "lr": 0.15}, {"params": [theirs["b:w"]], "lr": 5e-3}], weight_decay=0.0)
+    optimizer.set_lr(5e-3)  # halfway down
+    step(ours, optimizer, 0)
+    step(theirs, adam, 0)
+    for k in ours:
+        torch.testing.assert_close(ours[k], theirs[k], atol=1e-6, rtol=1e-6)
+
+
+def test_the_first_pattern_that_is_found_counts_and_a_vector_never_decays():
+    values = {"x.gate": torch.nn.Parameter(torch.ones(3, 2)), "x.value": torch.nn.Parameter(torch.ones(3, 2)), "x.bias": torch.nn.Parameter(torch.ones(3))}
+    optimizer = Optimizer(values, lr=1e-2, weight_decay=0.1, patterns={r"\.gate$": {"lr": 7.0}, "x": {"lr": 2.0, "decay": 0.5}})
+    found = {n: (g.lr_factor, s["weight_decay"]) for g, s in zip(optimizer.groups, optimizer.adam.param_groups, strict=True) for n in g.names}
+    assert found == {"x.gate": (7.0, 0.1), "x.value": (2.0, 0.05), "x.bias": (2.0, 0.0)}
+
+
+def test_saved_state_of_several_groups_continues_bit_for_bit():
+    a, b = params(), params()
+    patterns = {"^a": {"rate": 0.1, "decay": 0.0}}
+    one, two = (Optimizer(p, lr=1e-2, weight_decay=0.1, patterns=patterns) for p in (a, b))
+    for s in range(3):
+        one.set_lr(1e-2)
+        step(a, one, s)
+    tensors, scalars = one.state_dict()
+    two.load_state_dict({k: v.clone() for k, v in tensors.items()}, scalars)
+    for s in range(3, 6):
+        for values, optimizer in ((a, one), (b, two)):
+            optimizer.set_lr(1e-2)
+            step(values, optimizer, s)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
 def test_16_bit_parameters_accumulate_and_step_in_fp32():
     """A thousand updates that are each far below bf16's resolution still add up."""
     p = {"w:w": torch.nn.Parameter(torch.ones(2, 2, dtype=torch.bfloat16))}
@@ -81,6 +116,8 @@ def test_default_learning_rates_follow_width_and_method():
     assert default_lr(Full(), 768)[0] == pytest.approx(5e-5)
     assert default_lr(Full(), 4096)[0] == pytest.approx(1e-5)
     assert default_lr(Lora(), 4096)[0] == pytest.approx(1e-4)
+    assert default_lr(Partial(biases=True, norms=True), 768)[0] == pytest.approx(5e-4)  # vectors alone
+    assert default_lr(Partial(biases=True, last_blocks=1), 768)[0] == pytest.approx(5e-5)
     lr, why = default_lr(Lora(), 256)
     assert lr == pytest.approx(10 * default_lr(Full(), 256)[0]) and "width 256" in why
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
     CohereConfig,
     CohereForCausalLM,
     Gemma2Config,
@@ -21,6 +25,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
     Phi3Config,
     Phi3ForCausalLM,
     PhiConfig,
@@ -31,6 +37,10 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from luthier.core import Base, Row
@@ -66,11 +76,67 @@ MODELS = {
     "gpt2": lambda: GPT2LMHeadModel(
         GPT2Config(vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=1, eos_token_id=2)
     ),
-    "granite": lambda: GraniteForCausalLM(GraniteConfig(**_COMMON, logits_scaling=8.0)),
+    "granite": lambda: GraniteForCausalLM(GraniteConfig(**_COMMON, logits_scaling=8.0, residual_multiplier=0.25)),
     "cohere": lambda: CohereForCausalLM(CohereConfig(**_COMMON)),
     "qwen3_moe": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**_COMMON, head_dim=8, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2)),
 }
 DECODERS = list(MODELS)
+_BERT = _PLAIN | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.2}
+# The second block sees 4 tokens to either side.
+_MODERN = _PLAIN | {"cls_token_id": 1, "sep_token_id": 2, "global_attn_every_n_layers": 2, "local_attention": 8, "initializer_range": 0.2}
+_T5 = {
+    "vocab_size": V,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 12,
+    "dropout_rate": 0.0,
+    "pad_token_id": 0,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 0,
+}
+_BART = {
+    "vocab_size": V,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "max_position_embeddings": 64,
+    "dropout": 0.0,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+    "init_std": 0.2,
+}
+
+
+def _loud(model):
+    """T5's random blocks whisper beside its embeddings, so that it repeats its last token: let them write four times as much."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith((".o.weight", ".wo.weight")):
+                p.mul_(4)
+    return model
+
+
+MODELS |= {
+    "bert": lambda: BertForMaskedLM(BertConfig(**_BERT)),
+    "roberta": lambda: RobertaForMaskedLM(RobertaConfig(**_BERT | {"pad_token_id": 1, "bos_token_id": 0})),
+    "modernbert": lambda: ModernBertForMaskedLM(ModernBertConfig(**_MODERN)),
+    "t5": lambda: _loud(T5ForConditionalGeneration(T5Config(**_T5, num_decoder_layers=3))),
+    # FLAN-T5's and T5 1.1's
+    "t5_gated": lambda: _loud(T5ForConditionalGeneration(T5Config(**_T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False))),
+    "bart": lambda: BartForConditionalGeneration(BartConfig(**_BART)),
+}
+ENCODERS = ["bert", "roberta", "modernbert"]
+SEQ2SEQ = ["t5", "t5_gated", "bart"]
 DENSE = [f for f in DECODERS if f != "qwen3_moe"]
 
 
@@ -94,6 +160,30 @@ def rows(n: int = 4, seed: int = 0, shortest: int = 6, longest: int = 30, prompt
     for i, length in enumerate(rng.integers(shortest, longest, n)):
         out.append(Row(rng.integers(3, V, length).astype(np.int32), np.arange(length) >= prompt, f"made:{i + 1}"))
     return out
+
+
+def pairs(family: str, n: int = 4, seed: int = 0, shortest: int = 4, longest: int = 20) -> list[Row]:
+    """Random rows of an encoder-decoder: the answer with its starting token, and what the encoder reads in ``extras["source"]``."""
+    start = {"bart": 2}.get(family, 0)
+    rng = np.random.default_rng(seed)
+    out = []
+    for i in range(n):
+        answer, source = (rng.integers(3, V, rng.integers(shortest, longest)).astype(np.int32) for _ in range(2))
+        ids = np.concatenate([[start], answer, [2]]).astype(np.int32)
+        out.append(Row(ids, np.arange(len(ids)) > 0, f"made:{i + 1}", {"source": source}))
+    return out
+
+
+def rows_for(family: str, n: int = 4, seed: int = 0, shortest: int = 6, longest: int = 20) -> list[Row]:
+    """Random rows of the shape a family trains on."""
+    if family in SEQ2SEQ:
+        return pairs(family, n, seed, shortest, longest)
+    return rows(n, seed=seed, shortest=shortest, longest=longest)
+
+
+def row(ids: list[int]) -> Row:
+    """One row of these tokens, all but the first trained."""
+    return Row(np.array(ids, dtype=np.int32), np.arange(len(ids)) > 0)
 
 
 def randomise(params: dict[str, torch.nn.Parameter], seed: int = 0, std: float = 0.1) -> None:

@@ -1,64 +1,119 @@
 """What a run leaves behind: an adapter folder, or a whole model where every weight was trained.
 
-An adapter folder is PEFT's where PEFT has one (adapter_config.json, adapter_model.safetensors), so that every other program opens it, plus
-luthier.json with what that layout cannot say: our method, the base's fingerprint, the chat template. Where the layout loses something
-(PiSSA becomes a plain LoRA of twice the rank), delta.safetensors holds our own tensors too, so training can go on from it.
+An adapter folder holds luthier.json (our method, the objective, the base's fingerprint, the chat template) and the delta, in the field's layout where there
+is one, so that other programs open it: PEFT's adapter_config.json and adapter_model.safetensors, or the files that a method names. Where that layout
+loses something (PiSSA becomes a plain LoRA of twice the rank, a prompt's encoder is dropped) or there is none, delta.safetensors holds our own tensors,
+so training can go on from it. A head is saved with its delta, and a delta without its head is refused.
+
+A method names another layout than PEFT's by the class attributes ``config_file`` and ``weights_file`` and reads it in ``from_layout(config, tensors,
+base)``; PEFT's it reads in ``from_peft(config, tensors)``. Both give (method, tensors by our names). ``whole = True``: a whole model is written.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from . import __version__, atomic
+from . import __version__, atomic, layout, lowrank, vocabulary
 from .config import plain, read
-from .core import Base, LuthierError, Method
+from .core import Base, Delta, LuthierError, Method, Objective
 from .plugins import kind_of, plugin
 from .policy import Policy
 from .site import sites
 
 CONFIG, WEIGHTS, OURS, DELTA = "adapter_config.json", "adapter_model.safetensors", "luthier.json", "delta.safetensors"
+HEADS = "heads.safetensors"  # beside a whole model
+
+
+def writes(method: Method | None) -> str:
+    """What is written for a method, which is also the name of its folder in a run's: "adapter" or "model"."""
+    return "model" if getattr(method, "whole", False) else "adapter"
 
 
 def tensors_of(policy: Policy) -> dict[str, Tensor]:
-    """The delta's parameters and buffers and the heads, by name: everything that restores it."""
+    """The delta in its saved form, and the heads, by name: everything that restores it."""
     assert policy.delta is not None
-    return {k: v.detach() for k, v in (policy.trained() | policy.delta.buffers).items()}
+    return {k: v.detach() for k, v in (_saved(policy.delta) | _heads(policy)).items()}
 
 
-def save(policy: Policy, folder: Path, *, extra: dict[str, Any] | None = None) -> None:
-    """Write the delta, read it back and compare. Raises LuthierError rather than keep a delta that is not finite or not what was written."""
+def _saved(delta: Delta) -> dict[str, Tensor]:
+    return delta.pack() if delta.pack is not None else dict(delta.params) | delta.buffers
+
+
+def _heads(policy: Policy) -> dict[str, Tensor]:
+    return {f"heads.{n}": t.detach() for n, t in policy.heads.state_dict().items()}
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+def save(policy: Policy, folder: Path, *, objective: Objective | None = None, extra: dict[str, Any] | None = None) -> None:
+    """Write the delta and the heads, read them back and compare. ``objective``: what it was trained with, if the policy does not know; heads need one.
+
+    Raises LuthierError rather than keep a delta that is not finite or not what was written.
+    """
     assert policy.delta is not None
     tensors = {k: v.to("cpu").contiguous() for k, v in tensors_of(policy).items()}
     broken = [k for k, v in tensors.items() if not bool(torch.isfinite(v).all())]
     if broken:
         raise LuthierError(f"{folder}: not saved: {len(broken)} trained tensors are not finite, for example {broken[0]!r}; lower optim.lr")
-    if policy.delta.export is None:
-        return save_model(policy, folder, extra=extra)
-    config, exported = policy.delta.export()
-    exported = {k: v.to("cpu").float().contiguous() for k, v in exported.items()}
+    if writes(policy.method) == "model":
+        return save_model(policy, folder, objective=objective, extra=extra)
+    said = facts(policy, objective) | (extra or {})
+    files = _files(policy)
     with atomic.folder(folder) as new:
-        (new / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        save_file(exported, new / WEIGHTS, metadata={"format": "pt"})
-        if _lossy(policy.method, config, exported, tensors):
+        lossless = False
+        if files is not None:
+            config, exported = files
+            config_file, weights_file = _names(policy.method)
+            write(new, config, exported, config_file=config_file, weights_file=weights_file)
+            _, back = _from_layout(type(policy.method), policy.base, config, exported, str(folder))
+            lossless = set(back) == set(tensors) and all(torch.equal(back[k], tensors[k]) for k in tensors)
+        if not lossless:
             save_file(tensors, new / DELTA, metadata={"format": "pt"})
-        (new / OURS).write_text(json.dumps(facts(policy) | (extra or {}), indent=2) + "\n")
+            _verify(new / DELTA, tensors)
+        (new / OURS).write_text(json.dumps(said, indent=2) + "\n")
         if policy.base.tokenizer is not None:
             policy.base.tokenizer.save_pretrained(new)
-        _verify(new / WEIGHTS, exported)
     return None
 
 
-def save_model(policy: Policy, folder: Path, *, extra: dict[str, Any] | None = None) -> None:
-    """Write the whole model as transformers opens it, with its tokenizer."""
+def write(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], *, config_file: str = CONFIG, weights_file: str = WEIGHTS) -> None:
+    """The two files of the field's layout, read back and compared."""
+    (folder / config_file).write_text(json.dumps(config, indent=2) + "\n")
+    save_file(dict(tensors), folder / weights_file, metadata={"format": "pt"})
+    _verify(folder / weights_file, tensors)
+
+
+def _files(policy: Policy) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """(configuration, tensors) in the field's layout, heads included where it has a place for them; None where there is no such layout."""
+    assert policy.delta is not None
+    if policy.delta.export is None:
+        return None
+    config, tensors = policy.delta.export()
+    if _names(policy.method)[1] == WEIGHTS:
+        config, heads = layout.with_heads(policy.base, config, {k.removeprefix("heads."): v for k, v in _heads(policy).items()})
+        tensors = tensors | heads
+    return config, {k: v.detach().to("cpu").float().contiguous() for k, v in tensors.items()}
+
+
+def _names(method: Method | type | None) -> tuple[str, str]:
+    return getattr(method, "config_file", CONFIG), getattr(method, "weights_file", WEIGHTS)
+
+
+def save_model(policy: Policy, folder: Path, *, objective: Objective | None = None, extra: dict[str, Any] | None = None) -> None:
+    """Write the whole model as transformers opens it, with its tokenizer, and the heads in a file of their own."""
     assert not sites(policy.lm), "fold the delta first"
+    said = facts(policy, objective) | (extra or {})
+    heads = {k.removeprefix("heads."): v.to("cpu").contiguous() for k, v in _heads(policy).items()}
     lm = policy.lm
     implementation, lm.config._attn_implementation = lm.config._attn_implementation, None
     try:
@@ -66,37 +121,48 @@ def save_model(policy: Policy, folder: Path, *, extra: dict[str, Any] | None = N
             lm.save_pretrained(new)
             if policy.base.tokenizer is not None:
                 policy.base.tokenizer.save_pretrained(new)
-            (new / OURS).write_text(json.dumps(facts(policy) | (extra or {}), indent=2) + "\n")
+            if heads:
+                save_file(heads, new / HEADS, metadata={"format": "pt"})
+            (new / OURS).write_text(json.dumps(said, indent=2) + "\n")
     finally:
         lm.config._attn_implementation = implementation
 
 
-def facts(policy: Policy) -> dict[str, Any]:
-    """What luthier.json says."""
+def facts(policy: Policy, objective: Objective | None = None) -> dict[str, Any]:
+    """What luthier.json says. Raises LuthierError for heads without the objective that says what they are."""
+    objective = objective or policy.objective
+    if policy.heads and objective is None:
+        raise LuthierError(f"the heads {', '.join(policy.heads)} cannot be saved without the objective that made them; give save() the objective")
     base = policy.base
     template = getattr(base.tokenizer, "chat_template", None)
     return {
         "luthier": __version__,
         "method": {"kind": kind_of(policy.method)} | plain(policy.method) if policy.method is not None else None,
+        "objective": {"kind": kind_of(objective)} | plain(objective) if objective is not None else None,
         "base": {"source": base.source, "revision": base.revision, "hash": base.hash, "family": base.anatomy.family},
+        "tokens": list(base.tokens),
         "template_hash": hashlib.sha256(template.encode()).hexdigest()[:16] if isinstance(template, str) else None,
     }
 
 
+# --- what a path is -------------------------------------------------------------------------------------------------
+
+
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter, ours or PEFT's."""
-    return (folder / CONFIG).is_file()
+    """Whether a folder holds an adapter, ours or another program's."""
+    return (folder / CONFIG).is_file() or (folder / DELTA).is_file()
 
 
 def describe(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(PEFT's configuration, ours or {}) of an adapter folder. Raises LuthierError where they cannot be read."""
+    """(the field's configuration or {}, ours or {}) of an adapter folder. Raises LuthierError where they cannot be read."""
+    if not is_adapter(folder):
+        raise LuthierError(f"{folder}: no {CONFIG} here, so it is no adapter; name a run's adapter/ folder or a PEFT adapter")
     try:
-        config = json.loads((folder / CONFIG).read_text())
-        ours = json.loads((folder / OURS).read_text()) if (folder / OURS).is_file() else {}
-    except FileNotFoundError:
-        raise LuthierError(f"{folder}: no {CONFIG} here, so it is no adapter; name a run's adapter/ folder or a PEFT adapter") from None
+        config, ours = (json.loads((folder / f).read_text()) if (folder / f).is_file() else {} for f in (CONFIG, OURS))
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise LuthierError(f"{folder}: damaged: {CONFIG} or {OURS} is not JSON ({e})") from None
+    if not config and not ours:
+        raise LuthierError(f"{folder}: {DELTA} is here without {OURS}, which says what it is; copy the whole folder")
     return config, ours
 
 
@@ -112,30 +178,87 @@ def artefact(path: Path) -> Path | None:
     return path
 
 
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def load(base: Base, folder: Path, *, name: str = "default") -> Policy:
+    """Attach a saved delta to a base, with its heads. Raises LuthierError where it is damaged, belongs to another base, or lacks its head."""
+    method, values, objective = read_delta(base, folder)
+    heads = _restored_heads(base, objective, values, folder)
+    delta = method.attach(base, name)
+    _attach_tokens(base, delta, name, values)
+    _fill(delta, values, str(folder))
+    policy = Policy(base, delta, method=method, name=name, heads=heads)
+    policy.objective = objective
+    return policy
+
+
+def add(policy: Policy, folder: Path, name: str) -> None:
+    """Attach one more saved delta to a policy's base, under a name to use, stack or route to.
+
+    Raises LuthierError for a name that is taken, a delta that is damaged or belongs to another base, and one with a head of its own.
+    """
+    method, values, objective = read_delta(policy.base, folder)
+    if any(k.startswith("heads.") for k in values) or (objective is not None and objective.heads(policy.base)):
+        raise LuthierError(f"{folder}: this delta has a head of its own, which only the first delta of a base brings; open it by itself")
+    policy.add(name, Delta({}))  # says what is wrong with the name before anything is attached
+    try:
+        delta = method.attach(policy.base, name)
+        _attach_tokens(policy.base, delta, name, values)
+        _fill(delta, values, str(folder))
+    except BaseException:
+        del policy.deltas[name]
+        for site in sites(policy.lm).values():
+            if name in site.edits:
+                del site.edits[name]
+        raise
+    policy.deltas[name] = delta
+    policy.use(policy.active)
+
+
+def _attach_tokens(base: Base, delta: Delta, name: str, values: Mapping[str, Tensor]) -> None:
+    if any(k.startswith(f"{vocabulary.KEY}:") for k in values):
+        vocabulary.attach(base, delta, name)
+
+
 def start_from(policy: Policy, where: str) -> None:
     """Set a freshly attached delta to a saved one (method.from). Raises LuthierError where they are not of one kind and size."""
     folder = artefact(Path(where).expanduser())
     if folder is None:
         raise LuthierError(f"method.from: there is no folder {where!r}; name an adapter's or a run's folder")
-    method, values = read_delta(policy.base, folder)
+    method, values, _ = read_delta(policy.base, folder)
     if kind_of(method) != kind_of(policy.method):
         raise LuthierError(f"method.from: {folder} holds a delta of {kind_of(method)}, and this run's method is {kind_of(policy.method)}")
-    scales = [getattr(m, "scale", None) for m in (method, policy.method)]
-    if scales[0] != scales[1]:
-        raise LuthierError(f"method.from: the saved delta is scaled by {scales[0]:g} and this run's by {scales[1]:g}; set the same rank, alpha and scaling")
-    restore(policy, values, f"method.from: {folder}")
+    saved, own = (m.scales(policy.base) if hasattr(m, "scales") else {} for m in (method, policy.method))
+    if odd := [path for path, scale in saved.items() if own.get(path, scale) != scale]:
+        raise LuthierError(
+            f"method.from: the saved delta is scaled by {saved[odd[0]]:g} and this run's by {own[odd[0]]:g}; set the same rank, alpha and scaling"
+        )
+    heads = {k: v for k, v in values.items() if k.startswith("heads.")}
+    if heads and policy.heads:
+        _copy(_heads(policy), heads, f"method.from: {folder}")
+    assert policy.delta is not None
+    _fill(policy.delta, values, f"method.from: {folder}")
 
 
-def load(base: Base, folder: Path, *, name: str = "default") -> Policy:
-    """Attach a saved delta to a base. Raises LuthierError where it is damaged or belongs to another base."""
-    method, values = read_delta(base, folder)
-    policy = Policy(base, method.attach(base, name), method=method, name=name)
-    restore(policy, values, str(folder))
-    return policy
+def heads_of(base: Base, folder: Path) -> dict[str, nn.Module]:
+    """The heads that lie beside a whole model; {} where its objective has none. Raises LuthierError where they are missing."""
+    if not (folder / OURS).is_file() or not (tree := json.loads((folder / OURS).read_text()).get("objective")):
+        return {}
+    saved = {f"heads.{k}": v for k, v in read_tensors(folder / HEADS).items()} if (folder / HEADS).is_file() else {}
+    return _restored_heads(base, read_objective(tree), saved, folder)
 
 
-def read_delta(base: Base, folder: Path) -> tuple[Method, dict[str, Tensor]]:
-    """The method of a saved delta, and its tensors. Raises LuthierError where it is damaged or belongs to another base."""
+def objective_of(folder: Path) -> Objective | None:
+    """The objective that a saved delta or model was trained with, its labels included; None where the folder does not say."""
+    if not (folder / OURS).is_file():
+        return None
+    tree = json.loads((folder / OURS).read_text()).get("objective")
+    return read_objective(tree) if tree else None
+
+
+def read_delta(base: Base, folder: Path) -> tuple[Method, dict[str, Tensor], Objective | None]:
+    """The method of a saved delta, its tensors ("heads.*" among them) and its objective. Raises LuthierError where it is damaged or belongs to another base."""
     config, ours = describe(folder)
     theirs = (ours.get("base") or {}).get("hash")
     if theirs and base.hash and theirs != base.hash:
@@ -143,18 +266,40 @@ def read_delta(base: Base, folder: Path) -> tuple[Method, dict[str, Tensor]]:
             f"{folder}: this adapter was trained on {ours['base']['source']!r} ({ours['base']['family']}, {theirs}); the model here is "
             f"{base.source!r} ({base.anatomy.family}, {base.hash}). An adapter only fits its own base"
         )
-    tensors = read_tensors(folder / (DELTA if (folder / DELTA).is_file() else WEIGHTS))
-    if ours.get("method") and (folder / DELTA).is_file():
-        method, values = read_method(ours["method"]), tensors
-    else:
-        kind = str(config.get("peft_type", "")).lower()
-        reader = getattr(plugin("methods", kind), "from_peft", None) if kind in ("lora",) else None
-        if reader is None:
-            raise LuthierError(f"{folder / CONFIG}: peft_type {config.get('peft_type')!r} is not read; LORA is")
-        method, values = reader(config, tensors)
-        if ours.get("method"):
-            method = read_method(ours["method"])
-    return method, values
+    if ours.get("tokens"):
+        vocabulary.extend(base, ours["tokens"])
+    method = read_method(ours["method"]) if ours.get("method") else None
+    objective = read_objective(ours["objective"]) if ours.get("objective") else None
+    if method is not None and (folder / DELTA).is_file():
+        return method, read_tensors(folder / DELTA), objective
+    cls = plugin("methods", layout.recognise(config, str(folder / CONFIG))) if method is None else type(method)
+    found, values = _from_layout(cls, base, config, read_tensors(_weights(folder, cls)), str(folder))
+    if objective is None and "heads.label.out.weight" in values:  # another program's classifier does not name its labels
+        number = len(values["heads.label.out.weight"])
+        labels = tuple(f"LABEL_{i}" for i in range(number)) if number > 1 else ()
+        objective = plugin("objectives", "classify")(problem="single" if number > 1 else "regression", labels=labels)
+    return method or found, values, objective
+
+
+def _weights(folder: Path, cls: type) -> Path:
+    path = folder / _names(cls)[1]
+    pickled = next((p for p in (folder / "adapter_model.bin", folder / "pytorch_adapter.bin") if p.is_file()), None)
+    if pickled is not None and not path.is_file():
+        raise LuthierError(f"{pickled}: a pickle can run any code, so it is never read; save it again as safetensors with the program that made it")
+    return path
+
+
+def _from_layout(cls: Any, base: Base, config: dict[str, Any], tensors: dict[str, Tensor], where: str) -> tuple[Method, dict[str, Tensor]]:
+    """A method and its tensors, heads included, from the field's files."""
+    if hasattr(cls, "from_layout"):
+        return cls.from_layout(config, tensors, base)
+    if not hasattr(cls, "from_peft"):
+        raise LuthierError(f"{where}: {DELTA} is missing, and nothing else holds this delta; copy the whole folder")
+    delta, heads = layout.split(base, config, tensors, where)
+    if config.get("peft_type") == "LORA":
+        delta = lowrank.single_use(base, config, delta, where)
+    method, values = cls.from_peft(config, delta)
+    return method, values | {f"heads.{k}": v for k, v in heads.items()}
 
 
 def read_method(tree: dict[str, Any]) -> Method:
@@ -163,9 +308,38 @@ def read_method(tree: dict[str, Any]) -> Method:
     return read(plugin("methods", tree.pop("kind")), tree, "luthier.json: method")
 
 
-def restore(policy: Policy, values: dict[str, Tensor], where: str) -> None:
-    """Copy saved tensors into a freshly attached delta. Raises LuthierError where names or shapes differ."""
-    own = tensors_of(policy)
+def read_objective(tree: dict[str, Any]) -> Objective:
+    """An objective from its saved fields."""
+    tree = dict(tree)
+    return read(plugin("objectives", tree.pop("kind")), tree, "luthier.json: objective")
+
+
+def _restored_heads(base: Base, objective: Objective | None, values: Mapping[str, Tensor], folder: Path) -> dict[str, nn.Module]:
+    """Heads as they were saved; never one that is new, which would answer at random."""
+    saved = {k: v for k, v in values.items() if k.startswith("heads.")}
+    heads = nn.ModuleDict(objective.heads(base)) if objective is not None else nn.ModuleDict()
+    own = {f"heads.{n}": t for n, t in heads.state_dict().items()}
+    if missing := sorted(set(own) - set(saved)):
+        raise LuthierError(f"{folder}: its head is missing ({len(missing)} tensors, for example {missing[0]!r}), and a new one would answer at random")
+    _copy(own, saved, str(folder))
+    return dict(heads)
+
+
+def restore(policy: Policy, values: Mapping[str, Tensor], where: str) -> None:
+    """Copy saved tensors into a freshly attached delta and its heads. Raises LuthierError where names or shapes differ."""
+    assert policy.delta is not None
+    _fill(policy.delta, values, where)
+    _copy(_heads(policy), {k: v for k, v in values.items() if k.startswith("heads.")}, where)
+
+
+def _fill(delta: Delta, values: Mapping[str, Tensor], where: str) -> None:
+    values = {k: v for k, v in values.items() if not k.startswith("heads.")}
+    if delta.unpack is not None:
+        delta.unpack(values)
+    _copy({k: v.detach() for k, v in _saved(delta).items()}, values, where)
+
+
+def _copy(own: Mapping[str, Tensor], values: Mapping[str, Tensor], where: str) -> None:
     if set(own) != set(values):
         odd = sorted(set(own) ^ set(values))
         raise LuthierError(f"{where}: does not fit this base: {len(odd)} tensors have no counterpart, for example {odd[0]!r}")
@@ -185,13 +359,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise LuthierError(f"{path}: damaged, or not a safetensors file: {e}; copy or train it again") from None
 
 
-def _lossy(method: Method | None, config: dict[str, Any], exported: dict[str, Tensor], tensors: dict[str, Tensor]) -> bool:
-    """Whether reading the exported layout back gives other tensors than ours."""
-    _, back = type(method).from_peft(config, exported)  # type: ignore[union-attr]
-    return set(back) != set(tensors) or any(not torch.equal(back[k], tensors[k]) for k in tensors)
-
-
-def _verify(path: Path, written: dict[str, Tensor]) -> None:
+def _verify(path: Path, written: Mapping[str, Tensor]) -> None:
     back = read_tensors(path)
     wrong = [k for k, v in written.items() if k not in back or not torch.equal(back[k], v)]
     if wrong or len(back) != len(written):

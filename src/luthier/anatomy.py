@@ -1,63 +1,26 @@
-"""Families: what a model calls its query, key, value, output, gate, up and down projections; its blocks, embedding and head.
+"""Where things are in one model: its blocks and their sublayers, its linears by role, its attentions, its head, and the vector a classifier reads.
 
-The only file that knows a family by name. A family that is not in the table is read from its structure: the linears inside its repeated
-block, by the names the field uses. What cannot be told so can still be targeted by its own name or by a regular expression.
+Names of families are in `families`; everything here reads a model, and sees through the sites that deltas have put into it: a path is always the
+one in the untouched base. A family that is not in the table is read from its structure. What cannot be told so can still be targeted by its own
+name or by a regular expression.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import gelu
 
-from .core import Incompatible
+from .core import Incompatible, Segments
+from .families import FAMILIES, FEED_FORWARDS, GROUPS, OUTPUTS, POST_NORMS, ROLES, USUAL, USUAL_FUSED, Roles
+from .site import Site
 
-# Canonical name -> the spellings users type for it.
-ROLES = {
-    "query": ("query", "q"),
-    "key": ("key", "k"),
-    "value": ("value", "v"),
-    "output": ("output", "o"),
-    "gate": ("gate",),
-    "up": ("up",),
-    "down": ("down",),
-}
-GROUPS = {
-    "attention": ("query", "key", "value", "output"),
-    "mlp": ("gate", "up", "down"),
-    "all": tuple(ROLES),
-}
-
-_LLAMA = {
-    "query": "self_attn.q_proj",
-    "key": "self_attn.k_proj",
-    "value": "self_attn.v_proj",
-    "output": "self_attn.o_proj",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-}
-_EXPERTS = {role: path for role, path in _LLAMA.items() if role in GROUPS["attention"]}  # experts are not linears of their own
-
-
-def _fused(qkv: str, output: str, up: str, down: str, gate: str | None = None) -> dict[str, str]:
-    """A family whose query, key and value are rows of one matrix: that matrix is edited whole."""
-    return {"query": qkv, "key": qkv, "value": qkv, "output": output, "up": up, "down": down} | ({"gate": gate} if gate else {})
-
-
-FAMILIES: dict[str, dict[str, str]] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "cohere", "olmo2", "smollm3"), _LLAMA),
-    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "olmoe"), _EXPERTS),
-    "phi": _LLAMA | {"output": "self_attn.dense", "up": "mlp.fc1", "down": "mlp.fc2"},
-    "phi3": _fused("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj", gate="mlp.gate_up_proj"),
-    "gpt_neox": _fused("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
-    "gpt2": _fused("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
-}
-del FAMILIES["phi"]["gate"]
+UNBOUNDED = 2048  # positions taken for a model that has no last one (T5's are relative)
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -72,13 +35,28 @@ def features(module: nn.Module) -> tuple[int, int]:
     return module.in_features, module.out_features  # type: ignore[return-value]
 
 
+def modules(module: nn.Module, path: str = "", seen: set[nn.Module] | None = None) -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) of the untouched base, in order: as ``named_modules`` would give them without any site."""
+    seen = set() if seen is None else seen
+    module = module.base if isinstance(module, Site) else module
+    if module in seen:
+        return
+    seen.add(module)
+    yield path, module
+    for name, child in module.named_children():
+        yield from modules(child, f"{path}.{name}" if path else name, seen)
+
+
 @dataclass(frozen=True)
 class Anatomy:
-    """Where things are in one model."""
+    """Where things are in one model.
+
+    A role is every linear of that kind: in an encoder-decoder, of both stacks, and ``query`` ... ``output`` of self-attention and cross-attention alike.
+    """
 
     family: str
-    blocks: str  # path of the ModuleList of transformer blocks
-    linears: dict[str, str]  # canonical role -> path inside a block
+    stacks: dict[str, str]  # stack -> path of the ModuleList of its blocks
+    linears: Roles  # canonical role -> paths inside a block
     experts: bool  # its feed-forward is a mixture of experts
     head_scale: float  # logits = cap(scale * head(hidden))
     head_cap: float | None
@@ -91,12 +69,23 @@ class Anatomy:
         """Read a transformers model. Raises Incompatible where no trunk of repeated blocks or no output head is found."""
         config = model.config.get_text_config()
         family = config.model_type
-        blocks = _blocks(model)
         if model.get_output_embeddings() is None:
-            raise Incompatible(f"{type(model).__name__} has no language-model head; this program trains decoders with one (AutoModelForCausalLM)")
-        linears = FAMILIES.get(family) or _guess(model.get_submodule(blocks)[0])  # type: ignore[index]
-        experts = any("expert" in n for n, _ in model.named_modules())
-        return cls(family, blocks, linears, experts, *_head_rule(config))
+            raise Incompatible(
+                f"{type(model).__name__} has no language-model head; this program opens AutoModelForCausalLM, AutoModelForMaskedLM and AutoModelForSeq2SeqLM"
+            )
+        kind, stacks = kind_of(model), _stacks(model)
+        everything = dict(modules(model))
+        linears = FAMILIES.get(family) or _guess(everything[f"{next(iter(stacks.values()))}.0"])
+        return cls(
+            family,
+            stacks,
+            linears,
+            any("expert" in n for n in everything),
+            *_head_rule(config),
+            kind=kind,
+            first_position=_first_position(everything),
+            decoder_start=_decoder_start(model) if kind == "encoder_decoder" else 0,
+        )
 
     def targets(self, model: nn.Module, names: Sequence[str]) -> list[str]:
         """Module paths that the user's names mean, in model order.
@@ -104,19 +93,22 @@ class Anatomy:
         A name is canonical (query, q, ..., attention, mlp, all), a module's own last name (q_proj), or a regular expression that
         matches a whole path. Raises Incompatible naming what there is where a name matches nothing.
         """
-        paths = [n for n, m in model.named_modules() if is_linear(m) and n.startswith(self.blocks + ".")]
-        everything = [n for n, m in model.named_modules() if is_linear(m)]
+        everything = [n for n, m in modules(model) if is_linear(m)]
+        inside = dict.fromkeys(everything, "")  # path inside its block, for the linears of blocks
+        for stack in self.stacks.values():
+            inside |= {p: p[len(stack) + 1 :].partition(".")[2] for p in everything if p.startswith(stack + ".")}
+        paths = [p for p in everything if inside[p]]
         found: set[str] = set()
         for name in names:
             roles = GROUPS.get(name) or tuple(r for r, spellings in ROLES.items() if name in spellings)
             if roles:
-                suffixes = {self.linears[r] for r in roles if r in self.linears}
-                if not suffixes and self.experts:
+                wanted = {suffix for r in roles for suffix in self.linears.get(r, ())}
+                if not wanted and self.experts:
                     raise Incompatible(
                         f"targets: {name!r} are the experts of this mixture ({self.family}), which are not trained; "
                         "its attention is: query, key, value, output or attention"
                     )
-                hits = [p for p in paths if any(p.endswith("." + s) for s in suffixes)]
+                hits = [p for p in paths if inside[p] in wanted]
             elif re.fullmatch(r"\w+", name):
                 hits = [p for p in paths if p.rsplit(".", 1)[-1] == name]
             else:
@@ -134,13 +126,95 @@ class Anatomy:
         return [p for p in everything if p in found]
 
     def before_head(self, model: Any, hidden: Tensor) -> Tensor:
-        """What the output matrix is applied to: the hidden states, or a family's transform of them."""
-        return hidden
+        """What the output matrix is applied to: the hidden states, or an encoder's transform of them (BERT, RoBERTa and ModernBERT, each in its own place)."""
+        if self.kind != "encoder":
+            return hidden
+        if hasattr(model, "cls"):
+            return model.cls.predictions.transform(hidden)
+        if hasattr(getattr(model, "lm_head", None), "dense"):
+            return model.lm_head.layer_norm(gelu(model.lm_head.dense(hidden)))
+        return model.head(hidden) if hasattr(model, "head") else hidden
 
     def head(self, model: Any, hidden: Tensor) -> Tensor:
         """fp32 logits of hidden states (..., D), as the model itself makes them."""
         logits = model.get_output_embeddings()(self.before_head(model, hidden)).float() * self.head_scale
         return logits if self.head_cap is None else self.head_cap * torch.tanh(logits / self.head_cap)
+
+    def pool(self, hidden_BTD: Tensor, segments: Segments) -> Tensor:
+        """(S, D): the vector of each example that a classification head reads. An encoder's is its first token's, which sees all the others; a decoder's,
+        and the decoder's of an encoder-decoder, its last token's."""
+        width = hidden_BTD.shape[1]
+        index = segments.first(width) if self.kind == "encoder" else segments.last(width)
+        return hidden_BTD.flatten(0, 1).index_select(0, index.to(hidden_BTD.device))
+
+
+# --- blocks ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block's sublayers, by the paths of their modules. A dropout may stand between a module named ``_out`` and the sum.
+
+    Granite multiplies what a sublayer gives by ``config.residual_multiplier`` before the sum: an edit of its ``_out`` adds that much of itself.
+    Norms of queries and keys inside an attention are not among ``norms``.
+    """
+
+    path: str  # "model.layers.0"
+    stack: str  # "decoder" or "encoder" (the only stack of a decoder-only / encoder-only model is named after its kind)
+    attention: str  # the self-attention that calls attention.attend
+    cross: str | None  # the cross-attention
+    attention_out: str  # its OUTPUT is what self-attention adds to the residual stream, before the sum and before a norm of the sum (BERT's)
+    cross_out: str | None
+    mlp_in: str  # its INPUT is the feed-forward sublayer's input
+    mlp_out: str  # its OUTPUT is what the feed-forward adds to the residual stream; mlp_in == mlp_out where one module is the whole sublayer
+    norms: tuple[str, ...]
+
+
+def blocks(model: Any) -> list[Block]:
+    """All blocks in model order, an encoder-decoder's encoder first.
+
+    Raises Incompatible where a block's sublayers are not found by the names the field uses.
+    """
+    everything = dict(modules(model))
+    own = [a.path for a in attentions(model)]
+    return [
+        _block(everything, f"{stack}.{i}", name, own)
+        for name, stack in _stacks(model).items()
+        for i in range(len(everything[stack]))  # type: ignore[arg-type]
+    ]
+
+
+def _block(everything: dict[str, nn.Module], path: str, stack: str, own: list[str]) -> Block:
+    here = {n[len(path) + 1 :] for n in everything if n.startswith(path + ".")}
+    found = [a for a in own if a.startswith(path + ".")]
+    feed = next((pair for pair in FEED_FORWARDS if here.issuperset(pair)), None)
+    after = next((pair for pair in POST_NORMS if here.issuperset(pair)), None)
+    if not found or feed is None:
+        raise Incompatible(f"{path}: {'the feed-forward' if found else 'the attention'} of this block is not called by a name this program knows")
+    outs = [f"{path}.{after[0]}" if after and i == 0 else _output(everything, a) for i, a in enumerate(found)]
+    norms = tuple(
+        n for n, m in everything.items() if n.startswith(path + ".") and "Norm" in type(m).__name__ and not n.startswith(tuple(a + "." for a in found))
+    )
+    return Block(
+        path,
+        stack,
+        found[0],
+        found[1] if len(found) > 1 else None,
+        outs[0],
+        outs[1] if len(outs) > 1 else None,
+        f"{path}.{feed[0]}",
+        f"{path}.{after[1] if after else feed[1]}",
+        norms,
+    )
+
+
+def _output(everything: dict[str, nn.Module], attention: str) -> str:
+    """The last linear of an attention: inside it, or beside it."""
+    beside = attention.rpartition(".")[0]
+    for name in (*(f"{attention}.{o}" for o in OUTPUTS), f"{beside}.output.dense"):
+        if name in everything:
+            return name
+    raise Incompatible(f"{attention}: the output projection of this attention is not called by a name this program knows")
 
 
 @dataclass(frozen=True)
@@ -161,14 +235,18 @@ class Attention:
 def attentions(model: Any) -> list[Attention]:
     """All attentions in model order: an encoder-decoder's encoder first, in its decoder self before cross."""
     out = []
-    for path, module in model.named_modules():
-        if not (hasattr(module, "layer_idx") and hasattr(module, "is_causal") and any(is_linear(m) for m in module.children())):
+    for path, module in modules(model):
+        children = (m.base if isinstance(m, Site) else m for m in module.children())
+        if not (hasattr(module, "layer_idx") and hasattr(module, "is_causal") and any(is_linear(m) for m in children)):
             continue
-        config = getattr(module, "config", None) or model.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        config: Any = getattr(module, "config", None) or model.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or getattr(module, "num_heads", None) or config.num_attention_heads
         dim = next((d for k in ("head_dim", "key_value_proj_dim", "attention_head_size") if (d := getattr(module, k, None))), None)
-        out.append(Attention(path, module, heads, dim or config.hidden_size // config.num_attention_heads))
+        out.append(Attention(path, module, heads, dim or config.hidden_size // config.num_attention_heads))  # type: ignore[arg-type]
     return out
+
+
+# --- the whole model ------------------------------------------------------------------------------------------------
 
 
 def trunk(model: Any) -> nn.Module:
@@ -176,8 +254,41 @@ def trunk(model: Any) -> nn.Module:
     return model.base_model
 
 
-def _blocks(model: nn.Module) -> str:
-    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) and "expert" not in n]
+def configs(model: Any) -> list[Any]:
+    """Every configuration that a part of the model reads, its own first: T5's stacks each have a copy."""
+    found = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    return list(found.values())
+
+
+def kind_of(model: Any) -> str:
+    """ "decoder", "encoder" or "encoder_decoder": an encoder's attention sees both ways."""
+    if model.config.is_encoder_decoder:
+        return "encoder_decoder"
+    causal = [bool(a.module.is_causal) for a in attentions(model)]
+    return "encoder" if (not any(causal) if causal else "MaskedLM" in type(model).__name__) else "decoder"
+
+
+def max_positions(model: Any, first_position: int) -> int:
+    """Tokens that fit into one example. A model of relative positions has no limit of its own (what T5's configuration calls n_positions is the
+    length it was trained at): `UNBOUNDED` is taken."""
+    config = model.config.get_text_config()
+    if hasattr(config, "relative_attention_num_buckets"):
+        return UNBOUNDED
+    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or UNBOUNDED
+    return int(positions) - first_position
+
+
+def _stacks(model: Any) -> dict[str, str]:
+    """Stack -> path of the list of its blocks, the encoder first."""
+    if kind_of(model) != "encoder_decoder":
+        return {kind_of(model): _longest(model)}
+    where = {id(m): n for n, m in modules(model)}
+    parts = {"encoder": model.get_encoder(), "decoder": model.get_decoder()}
+    return {name: f"{where[id(part)]}.{_longest(part)}" for name, part in parts.items()}
+
+
+def _longest(model: nn.Module) -> str:
+    lists = [(n, m) for n, m in modules(model) if isinstance(m, nn.ModuleList) and len(m) and "expert" not in n]
     # The list of blocks is the outermost one with the most parameters.
     best = max(lists, key=lambda nm: (sum(p.numel() for p in nm[1].parameters()), -nm[0].count(".")), default=None)
     if best is None:
@@ -185,26 +296,17 @@ def _blocks(model: nn.Module) -> str:
     return best[0]
 
 
-def _guess(block: nn.Module) -> dict[str, str]:
+def _guess(block: nn.Module) -> Roles:
     """Roles of an unknown family, from the names its linears have."""
-    known = {
-        "query": ("q_proj", "query", "q"),
-        "key": ("k_proj", "key", "k"),
-        "value": ("v_proj", "value", "v"),
-        "output": ("o_proj", "out_proj", "dense"),
-        "gate": ("gate_proj", "w1"),
-        "up": ("up_proj", "fc1", "w3", "fc_in", "c_fc"),
-        "down": ("down_proj", "fc2", "w2", "fc_out"),
-    }
-    out: dict[str, str] = {}
-    for path, module in block.named_modules():
+    out: Roles = {}
+    for path, module in modules(block):
         leaf = path.rsplit(".", 1)[-1]
         if is_linear(module) and "expert" not in path:
-            for role, names in known.items():
+            for role, names in USUAL.items():
                 if leaf in names:
-                    out.setdefault(role, path)
-            if leaf in ("qkv_proj", "query_key_value", "c_attn", "Wqkv"):
-                out |= dict.fromkeys(("query", "key", "value"), path)
+                    out.setdefault(role, (path,))
+            if leaf in USUAL_FUSED:
+                out |= dict.fromkeys(("query", "key", "value"), (path,))
     return out
 
 
@@ -213,4 +315,21 @@ def _head_rule(config: Any) -> tuple[float, float | None]:
     cap = getattr(config, "final_logit_softcapping", None)
     if getattr(config, "logits_scaling", None):  # Granite divides
         return 1.0 / config.logits_scaling, cap
+    if getattr(config, "scale_decoder_outputs", False):  # T5 with a tied head scales what the head reads
+        return config.d_model**-0.5, cap
     return float(getattr(config, "logit_scale", None) or 1.0), cap  # Cohere multiplies
+
+
+def _first_position(everything: dict[str, nn.Module]) -> int:
+    """RoBERTa counts positions from the one behind its padding id."""
+    made = [m for m in everything.values() if hasattr(m, "create_position_ids_from_input_ids")]
+    return int(made[0].padding_idx) + 1 if made else 0  # type: ignore[arg-type]
+
+
+def _decoder_start(model: Any) -> int:
+    """The token that begins every answer, as the model's own generation has it."""
+    for config in (getattr(model, "generation_config", None), model.config):
+        for key in ("decoder_start_token_id", "bos_token_id"):
+            if (token := getattr(config, key, None)) is not None:
+                return int(token)
+    raise Incompatible(f"{type(model).__name__}: config.json names no decoder_start_token_id, the token that begins every answer; add it there")

@@ -14,12 +14,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
 from transformers.utils import logging as hf_logging
 
-from . import adapter, attention, probe
-from .anatomy import Anatomy
-from .core import Base, Incompatible, LuthierError, Method, Objective, Place, Precision
+from . import adapter, attention, probe, vocabulary
+from .anatomy import Anatomy, max_positions, trunk
+from .core import Base, Delta, Incompatible, LuthierError, Method, Objective, Place, Precision
 from .hub import fingerprint, locate
 from .plugins import kind_of, plugin
 from .policy import Policy
@@ -71,14 +76,15 @@ def load(model: Model | str, *, precision: Precision, device: torch.device | str
     folder = locate(model, weights=weights and not model.random)
     config = _config(folder, model, trains_base)
     dtype = precision.dtype
+    kind, headless = auto_class(config), False
     try:
         if not weights:
             with torch.device("meta"):
-                lm = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code)
+                lm = kind.from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code)
         elif model.random:
-            lm = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code).to(dtype)
+            lm = kind.from_config(config, trust_remote_code=model.trust_remote_code).to(dtype)
         else:
-            lm = _open(folder, config, dtype, model)
+            lm, headless = _open(kind, folder, config, dtype, model)
     except LuthierError:
         raise
     except Exception as e:
@@ -86,18 +92,44 @@ def load(model: Model | str, *, precision: Precision, device: torch.device | str
     tokenizer = load_tokenizer(model) if _has_tokenizer(folder) else None
     base = adopt(lm.to(device) if weights else lm, tokenizer, source=model.id, revision=model.revision)
     base.hash = fingerprint(folder, random=model.random)
+    if headless:
+        base.probes["head"] = None
     return base
+
+
+def auto_class(config: Any) -> Any:
+    """The class of transformers that opens a configuration with its language-model head. Raises Incompatible where there is none.
+
+    A family may have several (BERT is an encoder, or with ``is_decoder`` a decoder): the configuration decides, not the name of the class that wrote it.
+    """
+    kinds = {c.__name__: c for c in (AutoModelForSeq2SeqLM, AutoModelForMaskedLM, AutoModelForCausalLM)}
+    written = (getattr(config, "architectures", None) or [""])[0]
+    for name, kind in kinds.items():
+        if name in (getattr(config, "auto_map", None) or {}):  # code of its own
+            return kind
+    decodes = getattr(config, "is_decoder", False) or written.endswith(("ForCausalLM", "LMHeadModel"))
+    if config.is_encoder_decoder:
+        found = "AutoModelForSeq2SeqLM" if config.model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES else None
+    elif config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decodes:
+        found = "AutoModelForMaskedLM"
+    else:
+        found = "AutoModelForCausalLM" if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else None
+    if found is None:
+        raise Incompatible(
+            f"{written or 'this model'} ({config.model_type}) is no language model that this program trains: it opens decoders (AutoModelForCausalLM), "
+            "encoders (AutoModelForMaskedLM) and encoder-decoders (AutoModelForSeq2SeqLM)"
+        )
+    return kinds[found]
 
 
 def adopt(lm: Any, tokenizer: Any = None, *, source: str = "", revision: str | None = None) -> Base:
     """A transformers model that is already in memory as a Base: frozen, its attention ours where the probe agrees."""
     lm.requires_grad_(False).eval()
     anatomy = Anatomy.of(lm)
-    config = lm.config.get_text_config()
-    positions = int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2048)
-    base = Base(lm, tokenizer, anatomy, hash="", packs=True, source=source, revision=revision, max_positions=positions)
+    base = Base(lm, tokenizer, anatomy, hash="", packs=anatomy.kind != "encoder_decoder", source=source, revision=revision)
+    base.max_positions = max_positions(lm, anatomy.first_position)
     if next(lm.parameters()).device.type == "meta":
-        lm.config._attn_implementation = attention.NAME
+        probe.use(lm, attention.NAME)
         return base
     base.probes = probe.run(base)
     base.packs = base.probes["packs"]
@@ -113,8 +145,19 @@ def assemble(run: Run, base: Base | None = None, *, name: str = "default") -> tu
     check(run)
     if base is None:
         base = load(run.model, precision=run.precision, device=place.device, trains_base=method.edits == "weights")
+    heads = objective.heads(base)
+    if not heads and base.probes.get("head", 0.0) is None:
+        raise Incompatible(
+            f"objective {kind_of(objective)} reads this model's own language-model head, which is missing from its files ({base.source}); "
+            "use a checkpoint that has it, or an objective with a head of its own (classify)"
+        )
+    if run.tokens:
+        vocabulary.extend(base, run.tokens)
     delta = method.attach(base, name)
-    policy = Policy(base, delta, method=method, name=name, heads=objective.heads(base))
+    vocabulary.attach(base, delta, name)
+    if heads and method.edits == "weights":
+        _leave_out_unread(base, delta)
+    policy = Policy(base, delta, method=method, name=name, heads=heads)
     if getattr(method, "from_", None) and base.model.device.type != "meta":
         adapter.start_from(policy, method.from_)  # type: ignore[attr-defined]
     if run.recompute == "blocks":
@@ -122,6 +165,15 @@ def assemble(run: Run, base: Base | None = None, *, name: str = "default") -> tu
     if base.model.device.type != "meta":
         place.put(policy)
     return policy, objective
+
+
+def _leave_out_unread(base: Base, delta: Delta) -> None:
+    """An objective with a head of its own does not read the language-model head: what only that uses would get no gradient, and is not trained."""
+    unread = {id(p) for p in base.model.parameters()} - {id(p) for p in trunk(base.model).parameters()}
+    for key, p in list(delta.params.items()):
+        if id(p) in unread:
+            p.requires_grad_(False)
+            del delta.params[key]
 
 
 def check(run: Run) -> None:
@@ -150,23 +202,25 @@ def _config(folder: Path, model: Model, trains_base: bool) -> Any:
     if dropout is not None:
         for part in {id(c): c for c in (config, config.get_text_config())}.values():
             for key, value in part.to_dict().items():
-                if ("dropout" in key or key.endswith("pdrop")) and isinstance(value, int | float) and not isinstance(value, bool):
-                    setattr(part, key, dropout)
+                if ("dropout" in key or key.endswith(("pdrop", "layerdrop"))) and isinstance(value, int | float) and not isinstance(value, bool):
+                    setattr(part, key, 0.0 if "layerdrop" in key else dropout)  # no one who asks for dropout asks for skipped layers
     return config
 
 
-def _open(folder: Path, config: Any, dtype: torch.dtype, model: Model) -> Any:
-    lm, info = AutoModelForCausalLM.from_pretrained(
+def _open(kind: Any, folder: Path, config: Any, dtype: torch.dtype, model: Model) -> tuple[Any, bool]:
+    """The model, and whether its language-model head is missing from the files: an encoder may come without (it is then random, and never read)."""
+    lm, info = kind.from_pretrained(
         folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=model.trust_remote_code, local_files_only=True
     )
-    if info["missing_keys"]:
-        odd = sorted(info["missing_keys"])
+    odd = sorted(info["missing_keys"])
+    headless = bool(odd) and kind is AutoModelForMaskedLM and not any(k.startswith(lm.base_model_prefix + ".") for k in odd)
+    if odd and not headless:
         raise LuthierError(
             f"{folder}: {len(odd)} weights are missing from the files and would be random, for example {odd[0]!r}; the download may be incomplete"
         )
     if info["mismatched_keys"]:
         raise LuthierError(f"{folder}: config.json and the weights disagree on shapes, for example {sorted(info['mismatched_keys'])[0]}")
-    return lm
+    return lm, headless
 
 
 def _has_tokenizer(folder: Path) -> bool:

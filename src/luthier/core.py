@@ -36,6 +36,7 @@ class Row:
     train: np.ndarray  # (length,) bool
     where: str = ""
     extras: Mapping[str, Any] = field(default_factory=dict)
+    visit: tuple[int, ...] = ()  # (seed, epoch, row) of a training step: what chance in collating depends on; empty elsewhere
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -109,6 +110,11 @@ class Batch(Stream):
     route: tuple[str | None, ...] | None = None  # the delta of each example; None inside: the base
     where: tuple[str, ...] = ()  # the source of each example, for messages
 
+    @property
+    def tokens(self) -> int:
+        """How many positions hold a token of an example, the encoder's side included."""
+        return int(self.segments.length.sum()) + (0 if self.source is None else self.source.tokens)
+
     def to(self, device: torch.device) -> Batch:
         """Move the tensors that a forward reads; segments stay on the CPU."""
         move = lambda ts: {k: t.to(device, non_blocking=True) for k, t in ts.items()}  # noqa: E731
@@ -156,11 +162,21 @@ def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
+def source_of(rows: Sequence[Row], pad: int) -> Stream | None:
+    """What an encoder-decoder's encoder reads: the rows' ``extras["source"]`` (ids, a numpy array), one a row; None for rows without."""
+    sources = [r.extras.get("source") for r in rows]
+    if not isinstance(sources[0], np.ndarray):  # a record may have a column of that name, which is text
+        return None
+    ids_BT, _, segments = lay_out([Row(s, np.zeros(len(s), dtype=bool)) for s in sources if s is not None], pad, packed=False)
+    return Stream(ids=ids_BT, segments=segments)
+
+
 def next_token_batch(rows: Sequence[Row], *, pad: int, packed: bool) -> Batch:
     """The collator of objectives whose loss is next-token cross-entropy; its unit is the trained token."""
     ids_BT, targets_BT, segments = lay_out(rows, pad, packed)
     units = {"tokens": int((targets_BT != IGNORE).sum())}
-    return Batch(ids=ids_BT, segments=segments, targets=targets_BT, units=units, where=tuple(r.where for r in rows))
+    where = tuple(r.where for r in rows)
+    return Batch(ids=ids_BT, segments=segments, source=source_of(rows, pad), targets=targets_BT, units=units, where=where)
 
 
 def next_token_loss(policy: Policy, batch: Batch) -> Loss:
@@ -204,6 +220,7 @@ class Base:
     revision: str | None = None
     max_positions: int = 1024
     probes: dict[str, Any] = field(default_factory=dict)  # results, printed once
+    tokens: tuple[str, ...] = ()  # added to the vocabulary, after the pretrained ones
 
     @property
     def width(self) -> int:
@@ -220,7 +237,7 @@ class Delta:
 
     params: dict[str, nn.Parameter]  # key: "<path in the untouched base>:<leaf>"
     buffers: dict[str, Tensor] = field(default_factory=dict)  # saved, not trained
-    optim: dict[str, dict[str, float]] = field(default_factory=dict)  # key pattern -> {"lr": 16.0 (a factor), "decay": 0}
+    optim: dict[str, dict[str, float]] = field(default_factory=dict)  # key pattern -> {"lr": 16.0 (a factor) or "rate": 0.1 (a peak), "decay": 0}
     prompt: Callable[[], Tensor] | None = None  # (P, D) vectors put before every example, stripped from the hidden states
     prefix: Callable[[], Mapping[nn.Module, tuple[Tensor, Tensor]]] | None = None  # attention module -> keys and values (P, H_kv, d) that every example sees
     shift: int = 0  # positions the text moves: the length of the prompt or prefix; counts against the model's maximum
@@ -228,6 +245,10 @@ class Delta:
     on_step: Callable[[int, int], None] | None = None  # (step, total): a pure function of seed and step
     fold: Callable[[], None] | None = None  # write the delta into the weights; None where that is impossible
     export: Callable[[], tuple[dict[str, Any], dict[str, Tensor]]] | None = None  # config and tensors in the field's layout
+    pack: Callable[[], dict[str, Tensor]] | None = None  # what is saved instead of params and buffers, where that is smaller
+    unpack: Callable[[Mapping[str, Tensor]], None] | None = None  # take the saved form: params and buffers get the keys and shapes of these tensors
+    pending: Callable[[], bool] | None = None  # what stands is not yet of the form that is saved: no best is kept of it
+    resting: Callable[[], frozenset[str]] | None = None  # params that do not learn any more
 
     @property
     def trainable(self) -> int:
@@ -245,13 +266,16 @@ class Method(Protocol):
 # --- objectives -----------------------------------------------------------------------------------------------------
 
 
+Renders = Literal["text", "chat", "label", "masked"]  # how data/ turns records into rows
+
+
 class Objective(Protocol):
     """What the loss is. Reads hidden states, returns sums."""
 
     terms: ClassVar[Mapping[str, float]]  # unit name -> weight
     needs: ClassVar[frozenset[str]]  # of {"reference", "rollouts"}
     couples: ClassVar[bool]  # the loss depends on batch-mates
-    renders: ClassVar[Literal["text", "chat"]]  # how data/render.py turns records into rows for it
+    renders: ClassVar[Renders]
 
     def heads(self, base: Base) -> dict[str, nn.Module]: ...
     def collate(self, rows: Sequence[Row], *, pad: int, packed: bool) -> Batch: ...
@@ -260,6 +284,9 @@ class Objective(Protocol):
 
 class Policy(Protocol):
     """The model every objective trains; the class is in policy.py."""
+
+    base: Base
+    heads: nn.ModuleDict
 
     def hidden(self, batch: Batch) -> Tensor: ...  # (B, T, D), aligned with batch.ids
     def score(self, hidden_ND: Tensor, token_N: Tensor, *, temperature: float = 1.0, want: Sequence[str] = ("logp",)) -> dict[str, Tensor]: ...

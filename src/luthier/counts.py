@@ -5,20 +5,19 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from .anatomy import features, is_linear
+from .anatomy import features, is_linear, modules
 from .policy import Policy
-from .site import Site
 
 
 @dataclass(frozen=True)
 class Count:
     """Modules of one kind: their number, and what is trained in each of them."""
 
-    module: str  # path with the block's number as *
+    module: str  # path with the block's number as *; where no module is edited, what the delta calls its tensors ("prefix")
     shape: tuple[int, int] | None  # (out, in) of a linear
     modules: int
     trained: int  # in one module
-    whole: int  # the module's own parameters
+    whole: int  # the module's own parameters; 0 where no module is edited
 
 
 def table(policy: Policy) -> list[Count]:
@@ -29,9 +28,12 @@ def table(policy: Policy) -> list[Count]:
         path = key.partition(":")[0]
         by_path[path] = by_path.get(path, 0) + p.numel()
     out: dict[tuple[str, tuple[int, int] | None, int, int], list[str]] = {}
+    found = dict(modules(policy.lm))
     for path, trained in by_path.items():
-        module = policy.lm.get_submodule(path)
-        module = module.base if isinstance(module, Site) else module
+        module = found.get(path)
+        if module is None:  # virtual tokens
+            out.setdefault((path, None, trained, 0), []).append(path)
+            continue
         n_in, n_out = features(module) if is_linear(module) else (0, 0)
         shape = (n_out, n_in) if is_linear(module) else None
         whole = sum(p.numel() for p in module.parameters(recurse=is_linear(module)))
@@ -41,14 +43,16 @@ def table(policy: Policy) -> list[Count]:
 
 
 def total(policy: Policy) -> tuple[int, int]:
-    """(trained, all): parameters the optimizer moves, and parameters of the base; a tied tensor counts once."""
-    trained = sum(p.numel() for p in policy.trained().values())
-    deltas = 0 if policy.method is None or policy.method.edits == "weights" else trained
-    return trained, sum(p.numel() for p in policy.lm.parameters()) - deltas
+    """(trained, all): parameters the optimizer moves, and parameters of the base with its heads; a tied tensor counts once."""
+    parts = [*(m for _, m in modules(policy.lm)), *policy.heads.modules()]
+    own = {id(p): p for module in parts for p in module.parameters(recurse=False)}
+    return sum(p.numel() for p in policy.trained().values()), sum(p.numel() for p in own.values())
 
 
 def sentence(c: Count) -> str:
-    """ "65,536 against 16,777,216, 256 times fewer" for one module."""
+    """ "65,536 against 16,777,216, 256 times fewer" for one module; the number alone where no module is edited."""
+    if c.whole == 0:
+        return f"{c.trained:,}"
     if c.trained >= c.whole:
         return f"{c.trained:,} (all)"
     ratio = c.whole / c.trained

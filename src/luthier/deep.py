@@ -53,7 +53,9 @@ def attach_prefix(base: Base, key: str, length: int, *, hidden: int | None, text
         buffers={f"{key}:{n}": b for n, b in made.named_buffers()},
         prefix=prefix,
         shift=length,
-        export=lambda: (virtual(base, "PREFIX_TUNING", length, deep=True) | {"prefix_projection": False}, {"prompt_embeddings": made().detach()}),
+        export=None  # PEFT gives an encoder-decoder's encoder no prefix
+        if base.anatomy.kind == "encoder_decoder"
+        else lambda: (virtual(base, "PREFIX_TUNING", length, deep=True) | {"prefix_projection": False}, {"prompt_embeddings": made().detach()}),
     )
 
 

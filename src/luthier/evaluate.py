@@ -1,6 +1,7 @@
 """Scoring a policy: task scores and held-out loss, each seeded, with a count and a 95 % interval beside it; and the baseline that copies.
 
-A task's scores are means over rows, unless it defines ``statistics`` and ``corpus``: then its rows are summed and scored as one (corpus BLEU).
+A task's scores are means over rows, unless it defines ``statistics`` and ``corpus``: then its rows are summed and scored as one (corpus BLEU); or
+``whole``: then all of them are scored together (macro-F1, a rank correlation).
 """
 
 from __future__ import annotations
@@ -27,6 +28,13 @@ class Pooled(Task, Protocol):
 
     def statistics(self, row: Row, answer: str) -> np.ndarray: ...  # (K,)
     def corpus(self, sums_RK: np.ndarray) -> Mapping[str, np.ndarray]: ...  # name -> (R,), for R resamples
+
+
+@runtime_checkable
+class Whole(Task, Protocol):
+    """A task some of whose scores are of all rows together: each a function of how often every row is counted, (R, N) -> (R,)."""
+
+    def whole(self, rows: Sequence[Row], answers: Sequence[str]) -> Mapping[str, intervals.Statistic]: ...
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,9 @@ def score(generate: Callable[[Sequence[Row]], Sequence[str]], task: Task, rows: 
         stats_NK = np.stack([task.statistics(row, answer) for row, answer in zip(rows, answers, strict=True)])
         for name in task.corpus(stats_NK.sum(0, keepdims=True)):
             out[name] = _score(intervals.bootstrap(stats_NK, _named(task, name), seed=seed))
+    if isinstance(task, Whole):
+        for name, statistic in task.whole(rows, answers).items():
+            out[name] = _score(intervals.recounted(len(rows), statistic, seed=seed))
     return out
 
 
@@ -77,6 +88,10 @@ def compare(task: Task, rows: Sequence[Row], before: Sequence[str], after: Seque
         a_NK, b_NK = (np.stack([task.statistics(row, a) for row, a in zip(rows, answers, strict=True)]) for answers in (before, after))
         for name in task.corpus(a_NK.sum(0, keepdims=True)):
             out[name] = _score(intervals.paired(a_NK, b_NK, _named(task, name), seed=seed))
+    if isinstance(task, Whole) and rows:
+        first, second = task.whole(rows, before), task.whole(rows, after)
+        for name in first:
+            out[name] = _score(intervals.recounted(len(rows), lambda c_RN, n=name: second[n](c_RN) - first[n](c_RN), seed=seed))  # type: ignore[misc]
     return out
 
 

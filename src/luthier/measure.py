@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .core import Batch, Objective, Row
+from .core import Batch, LuthierError, Objective, Row
+from .data.codec import Codec
+from .data.encode import hiding_of, render_labelled
+from .data.labels import Labelled
 from .data.prepare import Prepared, prepare
 from .data.render import render_prompt, stop_ids
+from .data.rows import Counts, sides
 from .evaluate import Score, loss_on, score
+from .objectives import masked_text
 from .objectives import text as text_objective
 from .plugins import plugin
 from .policy import Policy
+from .reading import form_of
 from .run import Run
 
 GENERAL = Path(__file__).parent / "assets" / "general" / "general.txt"
@@ -26,14 +33,15 @@ class Mean:
 
     value: float
     n: int
+    unit: str = "tokens"
 
 
 @dataclass
 class Measures:
     """One visit to the held-out data."""
 
-    loss: Mean | None = None  # nats per trained token of the validation rows
-    general: Mean | None = None  # nats per token of general text
+    loss: Mean | None = None  # per trained token (nats) or example of the validation rows
+    general: Mean | None = None  # nats per token of general text; of models that are no decoders, per hidden token
     scores: dict[str, Score] = field(default_factory=dict)
 
     def numbers(self) -> dict[str, float]:
@@ -60,18 +68,23 @@ class Scorer:
     def __init__(self, policy: Policy, objective: Objective, prepared: Prepared, run: Run, *, packed: bool):
         self.policy, self.objective, self.prepared, self.run, self.packed = policy, objective, prepared, run, packed
         self.groups = group(prepared.validation, run.optim.micro_tokens, packed)
+        self.general: Objective = text_objective.Objective() if policy.base.anatomy.kind == "decoder" else masked_text.Objective()
         self.general_groups = group(self._general_rows(), run.optim.micro_tokens, packed) if run.evaluate.forgetting else []
 
     def measure(self, *, tasks: bool, say: Any = None) -> Measures:
         """Held-out and general loss; with ``tasks`` the run's tasks too."""
-        out = Measures(self._loss(self.objective, self.groups), self._loss(text_objective.Objective(), self.general_groups))
+        out = Measures(self._loss(self.objective, self.groups), self._loss(self.general, self.general_groups))
         if tasks:
-            for kind in self.run.evaluate.tasks:
+            labelled = ["classification"] if self.objective.renders == "label" and self.groups else []  # a head is always scored: it costs one forward a row
+            for kind in dict.fromkeys([*labelled, *self.run.evaluate.tasks]):
                 out.scores |= self.task(kind, say)
         return out
 
     def task(self, kind: str, say: Any = None) -> dict[str, Score]:
         """Scores of one task on the validation records (or on the task's own rows, where it brings them)."""
+        if self.objective.renders == "label":
+            most = self.run.evaluate.task_rows
+            return score_labels(self.policy, self.objective, self.prepared.validation[:most], self.prepared.validation_records[:most], kind, self.run.seed)[0]
         task = plugin("tasks", kind)()
         rows = task.rows("validation") or task_rows(self.prepared.validation_records)
         rows = rows[: self.run.evaluate.task_rows]
@@ -91,6 +104,15 @@ class Scorer:
             rows = task_rows(self.prepared.validation_records[:n])
             got = answer_rows(self.policy, rows, template=self.run.model.template, max_new=self.run.evaluate.sample_tokens)
             return [{**a, "reference": r["refs"][0]} for a, r in zip(got, rows, strict=True)]
+        if self.objective.renders == "label":
+            records = self.prepared.validation_records[:n]
+            said = predict(self.policy, self.objective, self.prepared.validation[:n])
+            return [
+                {"prompt": r.prompt[0]["content"], "answer": as_answer(p), "probability": p.get("probability"), "reference": r.references[0]}
+                for p, r in zip(said, records, strict=True)
+            ]
+        if self.objective.renders == "masked":
+            return []
         tokenizer = self.policy.base.tokenizer
         starts = [r.ids[:24].tolist() for r in self.prepared.validation[:n] if len(r) > 24]
         rollout = self.policy.generate(starts, max_new=self.run.evaluate.sample_tokens, stop=stop_ids(tokenizer, None))
@@ -105,20 +127,28 @@ class Scorer:
         pad = self.policy.base.tokenizer.pad_token_id or 0
         batches = (to_device(objective.collate(g, pad=pad, packed=self.packed), self.policy) for g in groups)
         losses = loss_on(self.policy, objective, batches)
-        return Mean(losses.value, losses.n)
+        return Mean(losses.value, losses.n, unit=next(iter(objective.terms)))
 
     def _general_rows(self) -> list[Row]:
-        d = self.run.data
+        d, form = self.run.data, form_of(self.policy.base)
+        if self.general.renders == "masked":
+            if self.policy.base.probes.get("head", 0.0) is None:  # an encoder whose files hold no language-model head
+                return []
+            try:
+                hiding_of(Codec(self.policy.base.tokenizer), form)
+            except LuthierError:  # BART and the like: no sentinels, so there is no general text to measure
+                return []
         general: Prepared = prepare(
             d.general or (str(GENERAL),),
             self.policy.base.tokenizer,
-            renders="text",
+            renders=self.general.renders,
+            form=form,
             template=None,
             shape="text" if not d.general else "auto",
             columns={},
             split="train",
             limit=None,
-            max_tokens=min(d.max_tokens or 2048, self.policy.base.max_positions),
+            max_tokens=min(d.max_tokens or 2048, self.policy.limit),
             over_length="split",
             train_on="all",
             on_bad_row="stop",
@@ -140,19 +170,76 @@ def group(rows: Sequence[Row], tokens: int, packed: bool) -> list[list[Row]]:
     """Rows of like length in groups of at most ``tokens`` positions, padding included."""
     out: list[list[Row]] = []
     total = 0
-    for row in sorted(rows, key=len):
-        width = total + len(row) if packed else (len(out[-1]) + 1) * len(row) if out else 0
+    length = lambda row: sum(sides(row))  # noqa: E731
+    for row in sorted(rows, key=length):
+        width = total + length(row) if packed else (len(out[-1]) + 1) * length(row) if out else 0
         if not out or width > tokens:
             out.append([])
             total = 0
         out[-1].append(row)
-        total += len(row)
+        total += length(row)
     return out
 
 
 def task_rows(records: Sequence[Any]) -> list[dict[str, Any]]:
     """Held-out conversations as task rows: the prompt's messages, the tools, the reference answers, and the record's own fields."""
     return [{**r.extras, "prompt": r.prompt, "tools": r.tools, "refs": list(r.references)} for r in records]
+
+
+# --- labels ---------------------------------------------------------------------------------------------------------
+
+
+def predict(policy: Policy, objective: Any, rows: Sequence[Row], *, tokens: int = 8192) -> list[dict[str, Any]]:
+    """What a classification head says of each row, in their order; see objectives.classify.Objective.predict."""
+    pad, packed = policy.base.tokenizer.pad_token_id or 0, policy.base.packs
+    place = {id(row): i for i, row in enumerate(rows)}
+    out: list[dict[str, Any]] = [{} for _ in rows]
+    training = policy.training
+    policy.eval()
+    try:
+        for some in group(rows, tokens, packed):
+            for row, said in zip(some, objective.predict(policy, to_device(objective.collate(some, pad=pad, packed=packed), policy)), strict=True):
+                out[place[id(row)]] = said
+    finally:
+        policy.train(training)
+    return out
+
+
+def predict_texts(policy: Policy, texts: Sequence[Labelled]) -> list[dict[str, Any]]:
+    """What a policy with a classification head says of texts (``Labelled`` without a label). Raises LuthierError for one without a head."""
+    objective: Any = policy.objective
+    if not policy.heads or objective is None:
+        raise LuthierError("this model has no classification head; name a run or an adapter that was trained with objective: classify")
+    codec, counts = Codec(policy.base.tokenizer), Counts()
+    room = min(2048, policy.limit, policy.base.tokenizer.model_max_length)
+    rendered = render_labelled(texts, codec, form_of(policy.base), max_tokens=room, over_length="truncate", counts=counts)
+    return predict(policy, objective, [row for _, rows in rendered for row in rows])
+
+
+def as_answer(said: dict[str, Any]) -> str:
+    """A prediction as the text that tasks score."""
+    label = said["label"]
+    return label if isinstance(label, str) else json.dumps(label, ensure_ascii=False)
+
+
+def score_labels(
+    policy: Policy, objective: Any, rows: Sequence[Row], records: Sequence[Any], kind: str = "classification", seed: int = 0
+) -> tuple[dict[str, Score], list[dict[str, Any]]]:
+    """Scores of a head on labelled rows and their records, and its predictions."""
+    said = predict(policy, objective, rows)
+    task = plugin("tasks", kind)(**({"problem": objective.problem} if kind == "classification" else {}))
+    return score(lambda _: [as_answer(p) for p in said], task, task_rows(records), seed=seed), said
+
+
+def can_write(policy: Policy) -> None:
+    """Raise LuthierError for a policy that gives labels, or that only reads."""
+    if policy.heads:
+        raise LuthierError("this is a classifier: it gives labels and writes no text; use luthier predict")
+    if policy.base.anatomy.kind == "encoder":
+        raise LuthierError(f"this model ({policy.base.anatomy.family}) is an encoder: it reads text and writes none; train it with objective: classify")
+
+
+# --- answers --------------------------------------------------------------------------------------------------------
 
 
 def answer_rows(policy: Policy, rows: Sequence[dict[str, Any]], **how: Any) -> list[dict[str, Any]]:
@@ -177,10 +264,12 @@ def answer(
     ``offset``: number of the first prompt, for the random numbers; ``how``: see generation.generate.
     Prompts are taken shortest first in groups; one that leaves no room for an answer is answered with nothing, stopped "too long".
     """
-    tokenizer, limit = policy.base.tokenizer, policy.base.max_positions
+    can_write(policy)
+    tokenizer, limit = policy.base.tokenizer, policy.limit
     chats = [[{"role": "user", "content": p}] if isinstance(p, str) else list(p) for p in prompts]
-    ids = [render_prompt(c, tokenizer, template, tools=t) for c, t in zip(chats, tools or [None] * len(chats), strict=True)]
-    stops = stop_ids(tokenizer, template)
+    kind = policy.base.anatomy.kind
+    ids = [render_prompt(c, tokenizer, template, tools=t, kind=kind) for c, t in zip(chats, tools or [None] * len(chats), strict=True)]
+    stops = stop_ids(tokenizer, template, kind=kind)
     out: list[dict[str, Any]] = [{"prompt": p, "answer": "", "stopped": "too long", "tokens": 0} for p in prompts]
     order = sorted((i for i in range(len(ids)) if len(ids[i]) < limit), key=lambda i: len(ids[i]))
     for start in range(0, len(order), ANSWER_ROWS):

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from .adapter import save_model
-from .core import LuthierError
+from .core import Incompatible, LuthierError
+from .plugins import kind_of
 from .policy import Policy
 from .site import unwrap
 
@@ -32,11 +32,16 @@ class Merged:
 
 
 def merge(policy: Policy, folder: Path, *, extra: dict[str, Any] | None = None) -> Merged:
-    """Fold the policy's delta into its base, save the whole model and reopen it with plain transformers.
+    """Fold the policy's delta into its base, save the whole model, and its heads, and reopen it with plain transformers.
 
     Sums are made in fp32 and rounded once to the base's dtype. Raises Incompatible where the delta cannot fold, LuthierError where the
     largest logit difference exceeds what rounding to that dtype explains.
     """
+    if policy.delta is not None and policy.delta.fold is None:
+        raise Incompatible(
+            f"a delta of {kind_of(policy.method)} cannot be merged: it changes what no weight of the model holds; serve it beside its base "
+            "(luthier generate FOLDER), or train a method that merges: lora, dora, ia3, partial, diff_pruning, full"
+        )
     ids = probe_ids(policy)
     dtype = next(policy.lm.parameters()).dtype
     before = logits(policy, ids)
@@ -46,9 +51,10 @@ def merge(policy: Policy, folder: Path, *, extra: dict[str, Any] | None = None) 
     folded = difference(logits(policy, ids), before)
     _refuse(folded, dtype, "folding changed the logits")
     save_model(policy, folder, extra=extra)
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(policy.device).eval()
+    kind: Any = type(policy.lm)
+    plain = kind.from_pretrained(folder, dtype=dtype).to(policy.device).eval()
     with torch.no_grad():
-        again = torch.cat([plain(input_ids=torch.tensor([i], device=policy.device)).logits[0].float() for i in ids])
+        again = torch.cat([plain(**_inputs(policy, i)).logits[0].float() for i in ids])
     reopened = difference(again, before)
     _refuse(reopened, dtype, f"{folder} opened by transformers gives other logits")
     same = bool((again.argmax(-1) == before.argmax(-1)).all())
@@ -58,16 +64,21 @@ def merge(policy: Policy, folder: Path, *, extra: dict[str, Any] | None = None) 
 def probe_ids(policy: Policy) -> list[list[int]]:
     """Token ids of a few texts, or made-up ones where there is no tokenizer."""
     if policy.base.tokenizer is None:
-        vocabulary: Any = policy.lm.config.vocab_size
+        vocabulary: Any = policy.lm.config.get_text_config().vocab_size
         return [[i % vocabulary for i in range(k, k + 9)] for k in (1, 20, 40)]
     return [policy.base.tokenizer(t)["input_ids"] for t in PROBES]
 
 
 @torch.no_grad()
 def logits(policy: Policy, ids: list[list[int]]) -> Tensor:
-    """(positions, V) fp32 logits of the policy, delta included."""
+    """(positions, V) fp32 logits of the policy, delta included. An encoder-decoder answers a text with itself."""
     policy.eval()
-    return torch.cat([policy.lm(input_ids=torch.tensor([i], device=policy.device)).logits[0].float() for i in ids])
+    return torch.cat([policy.lm(**_inputs(policy, i)).logits[0].float() for i in ids])
+
+
+def _inputs(policy: Policy, ids: list[int]) -> dict[str, Tensor]:
+    given = torch.tensor([ids], device=policy.device)
+    return {"input_ids": given} | ({"decoder_input_ids": given} if policy.base.anatomy.kind == "encoder_decoder" else {})
 
 
 def difference(a: Tensor, b: Tensor) -> float:
@@ -76,5 +87,5 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 
 def _refuse(found: float, dtype: torch.dtype, what: str) -> None:
-    if found > TOLERANCE.get(dtype, 5e-2):
+    if not found <= TOLERANCE.get(dtype, 5e-2):  # nan too
         raise LuthierError(f"{what}: largest relative difference {found:.2g}, accepted {TOLERANCE.get(dtype, 5e-2):g} in {dtype}; try --dtype float32")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,23 @@ from .policy import Policy
 from .run import Model
 
 
-def load(what: str | Path, *, model: Model | str | None = None, precision: str = "auto", place: Any = None, offline: bool = False) -> Policy:
+def load(
+    what: str | Path,
+    *,
+    model: Model | str | None = None,
+    precision: str = "auto",
+    place: Any = None,
+    offline: bool = False,
+    adapters: Mapping[str, str | Path] | None = None,
+    use: str | None = None,
+) -> Policy:
     """Open a policy for inference.
 
     ``what``: the embedded base (fiddle), a model folder, a Hub id, an adapter folder (ours or PEFT's) or a run's folder. ``model``: the base
     of an adapter, where it should not be looked for where the adapter says. ``precision``: float32, bfloat16, or auto: what this machine
-    does fast. Raises LuthierError for what cannot be found or does not fit.
+    does fast. ``adapters``: more adapters or runs on the same base, by the names to use them under; that of ``what`` is "default".
+    ``use``: what serves: a name, "a+b" for a stack, "none" for the base; default: the adapter of ``what``, or the only one. Raises LuthierError for
+    what cannot be found or does not fit, and where several adapters leave open which is meant.
     """
     place = place or plugin("place", "one")()
     kind = build.fast_precision(place.device)[0] if precision == "auto" else precision
@@ -27,13 +39,38 @@ def load(what: str | Path, *, model: Model | str | None = None, precision: str =
     if folder is None or not adapter.is_adapter(folder):
         opened = Model(id=str(folder or what), offline=offline)
         base = build.load(opened, precision=stored, device=place.device)
-        policy = Policy(base)
+        policy = Policy(base, heads=adapter.heads_of(base, folder) if folder is not None else None)
+        policy.objective = adapter.objective_of(folder) if folder is not None else None
     else:
         config, ours = adapter.describe(folder)
         base = build.load(_base_of(folder, config, ours, model, offline), precision=stored, device=place.device)
         policy = adapter.load(base, folder)
+    for name, where in (adapters or {}).items():
+        found = adapter.artefact(Path(where).expanduser())
+        if found is None:
+            raise LuthierError(f"adapter {name}: there is no folder {str(where)!r}; name an adapter's or a run's folder")
+        adapter.add(policy, found, name)
+    if use is not None:
+        policy.use(None if use == "none" else use)
+    elif policy.active is None and policy.deltas:
+        if len(policy.deltas) > 1:
+            raise LuthierError(f"{len(policy.deltas)} adapters are here: {', '.join(policy.deltas)}; say which serves: one, several joined by +, or none")
+        policy.use(next(iter(policy.deltas)))
     place.put(policy)
     return policy.eval()
+
+
+def named(settings: Sequence[str], option: str = "--adapter") -> dict[str, str]:
+    """name -> folder of "name=folder" settings. Raises LuthierError for one that has no name, or a name twice."""
+    out: dict[str, str] = {}
+    for setting in settings:
+        name, equals, folder = setting.partition("=")
+        if not equals or not name or not folder:
+            raise LuthierError(f"{option} {setting}: say NAME=FOLDER, for example {option} formal=runs/formal")
+        if name in out:
+            raise LuthierError(f"{option}: two are called {name!r}; give each its own name")
+        out[name] = folder
+    return out
 
 
 def _base_of(folder: Path, config: dict[str, Any], ours: dict[str, Any], model: Model | str | None, offline: bool) -> Model:

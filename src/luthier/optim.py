@@ -41,7 +41,10 @@ class Optimizer:
         weight_decay: float = 0.0,
         patterns: Mapping[str, Mapping[str, float]] | None = None,
     ):
-        """``patterns``: regular expression over a parameter's name -> {"lr": factor, "decay": factor}; the first that is found counts."""
+        """``patterns``: regular expression over a parameter's name -> {"lr": factor, "decay": factor}; the first that is found counts.
+
+        {"rate": r} instead of "lr": a peak of r whatever ``lr`` is; it follows the same schedule.
+        """
         if not params:
             raise LuthierError("nothing to train: the method marked no parameter")
         self.lr = lr
@@ -50,7 +53,8 @@ class Optimizer:
         for name, p in params.items():
             rule = next((r for pattern, r in (patterns or {}).items() if re.search(pattern, name)), {})
             decay = weight_decay * rule.get("decay", 1.0) if p.ndim >= 2 else 0.0
-            sorted_out.setdefault((rule.get("lr", 1.0), decay), []).append(name)
+            factor = rule["rate"] / lr if "rate" in rule else rule.get("lr", 1.0)
+            sorted_out.setdefault((factor, decay), []).append(name)
         self.groups = [self._group(names, [params[n] for n in names], factor) for (factor, _), names in sorted_out.items()]
         device = self.groups[0].master.device.type
         settings = [{"params": [g.master], "weight_decay": decay} for g, (_, decay) in zip(self.groups, sorted_out, strict=True)]

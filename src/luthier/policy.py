@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from . import attention, generation
+from . import attention, generation, standin
 from .anatomy import trunk
-from .core import Base, Batch, Delta, Incompatible, LuthierError, Method, Rollout, Stream
+from .core import Base, Batch, Delta, Incompatible, LuthierError, Method, Objective, Rollout, Stream
 from .decoding import DecoderSteps, Seq2SeqSteps
 from .nn.logprob import chunks, linear_logp, shape_logits
 from .prompts import Longer, make_room, put_in
@@ -33,6 +33,7 @@ class Policy(nn.Module):
         self.lm = base.model
         self.heads = nn.ModuleDict(heads or {})
         self.base, self.method, self.name = base, method, name
+        self.objective: Objective | None = None  # what it was trained with, where that is known: it reads the heads
         self.deltas: dict[str, Delta] = {}
         self.active: str | None = None
         if delta is not None:
@@ -58,6 +59,7 @@ class Policy(nn.Module):
         self.active = route
         for site in sites(self.lm).values():
             site.active = route
+        standin.use(self.lm, route)
 
     def _known(self, *routes: str | None) -> None:
         for name in {n for r in routes for n in members(r)} - set(self.deltas):
@@ -84,6 +86,8 @@ class Policy(nn.Module):
         """(B, T, D) last hidden states, aligned with ``batch.ids``. Examples never see one another. An encoder-decoder gives its decoder's."""
         route: Any = self.active if batch.route is None else tuple(batch.route)
         self._known(*(route if isinstance(route, tuple) else (route,)))
+        if isinstance(route, tuple) and (odd := {n for r in route for n in members(r)} & set(getattr(self.lm.get_output_embeddings(), "edits", ()))):
+            raise Incompatible(f"the delta {sorted(odd)[0]} edits the head, which scores positions and not examples, so no batch is routed to it; use() it")
         if batch.source is None:
             return self._run(trunk(self.lm), batch, route, prompted=True)
         source, encoded = self._encode(batch.source, route)
@@ -168,7 +172,7 @@ class Policy(nn.Module):
         """
         head, rule = self.lm.get_output_embeddings(), self.base.anatomy
         hidden_ND = rule.before_head(self.lm, hidden_ND)
-        if tuple(want) == ("logp",) and type(head) is nn.Linear:
+        if tuple(want) == ("logp",) and type(head).forward is nn.Linear.forward:
             weight = head.weight if head.weight.dtype == hidden_ND.dtype else head.weight.to(hidden_ND.dtype)
             return {"logp": linear_logp(hidden_ND, weight, head.bias, token_N, scale=rule.head_scale / temperature, cap=rule.head_cap)}
 
@@ -204,7 +208,7 @@ class Policy(nn.Module):
     @contextmanager
     def reference(self) -> Iterator[None]:
         """The base, with the delta off: no gradients, evaluation mode. Raises Incompatible for a delta that trained the base itself."""
-        if self.method is not None and self.method.edits == "weights":
+        if self.method is not None and self.method.edits == "weights" and not getattr(self.method, "reversible", False):
             raise Incompatible("a method that trains the base's own weights has no base left to switch to; load the base again")
         active, training = self.active, self.training
         self.use(None)
@@ -220,9 +224,9 @@ class Policy(nn.Module):
         """Write the delta into the base's weights, for good. Raises Incompatible where the method cannot."""
         if self.delta is None or self.delta.fold is None:
             raise Incompatible("this delta cannot be folded into weights: it changes what no single weight holds")
+        self.use(None)  # what is written to is the base's own weight, whatever stands in for it
         self.delta.fold()
         del self.deltas[self.name]
-        self.use(None)
 
 
 NAME_CHARACTERS = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_")

@@ -18,6 +18,7 @@ from .plugins import kind_of
 
 if TYPE_CHECKING:
     from .core import Base
+    from .crafting import Tried
     from .measure import Measures
     from .session import Result, Session
     from .train import Step
@@ -52,8 +53,10 @@ class Reporter:
         self.head(f"base {base.source}: {base.anatomy.family}, {whole:,} parameters in {dtype}, {base.max_positions:,} positions, {base.hash}")
         p = base.probes
         if p:
-            shared = "examples share rows without seeing one another (bitwise)" if p["packs"] else "one example a row (packing would leak)"
-            self.note(f"probed: head explains the logits (difference {p['head']:.1g}); {shared}; attention: {p['implementation']}")
+            alone = "one example a row" if base.anatomy.kind == "encoder_decoder" else "one example a row (packing would leak)"
+            shared = "examples share rows without seeing one another (bitwise)" if p["packs"] else alone
+            head = "no language-model head in its files" if p["head"] is None else f"head explains the logits (difference {p['head']:.1g})"
+            self.note(f"probed: {head}; {shared}; attention: {p['implementation']}")
 
     def plan(self, session: Session) -> None:
         """What will be trained, and how."""
@@ -63,6 +66,9 @@ class Reporter:
         for c in counts.table(session.policy)[:12]:
             shape = f" {c.shape[0]} x {c.shape[1]}" if c.shape else ""
             self.note(f"{c.modules} x {c.module}{shape}: {counts.sentence(c)}")
+        if not session.steps:
+            self.head(f"choosing among prompts on {len(session.prepared.validation):,} held-out rows; nothing is trained; folder {session.folder}")
+            return
         o = run.optim
         per = f"{o.batch_examples} examples" if o.batch_examples else f"{o.batch_tokens:,} tokens"
         self.head(f"training: {session.steps} steps of {per}, {'packed' if session.packed else 'padded'}, seed {run.seed}, on {run.place.device}")
@@ -119,8 +125,17 @@ class Reporter:
         if done < total and now - self._ticked < LINE_EVERY:
             return
         if now - self._ticked >= LINE_EVERY or self._ticked == 0.0:
-            self.note(f"{label}: {done}/{total} answered")
+            self.note(f"{label}: {done} of {total} done")
             self._ticked = now
+
+    def crafted(self, tried: list[Tried], tokenizer: Any) -> None:
+        """The candidate prompts, and the one that was chosen."""
+        best, base = tried[0], next((t for t in tried if not t.method.ids), None)
+        against = "" if base is None else f"; without any prompt {base.loss:.4f}"
+        self.note(f"{len(tried)} candidate prompts tried; the best has {len(best.method.ids)} tokens: held-out loss {best.loss:.4f}{against}")
+        self.note("it was chosen on these held-out rows, which flatters it: score it on others with luthier eval")
+        if best.method.ids:
+            self.note("it begins: " + repr(tokenizer.decode(best.method.ids[:60])))
 
     def evaluated(self, step: Step, m: Measures, *, best: bool) -> None:
         """An evaluation during training."""
@@ -155,7 +170,7 @@ def rows_of(before: Measures, after: Measures) -> dict[str, tuple[str, str]]:
     out: dict[str, tuple[str, str]] = {}
     for name, a, b in (("held-out loss", before.loss, after.loss), ("loss on general text", before.general, after.general)):
         if a is not None and b is not None:
-            out[name] = (f"{a.value:.4f}", f"{b.value:.4f}  n={b.n:,} tokens")
+            out[name] = (f"{a.value:.4f}", f"{b.value:.4f}  n={b.n:,} {b.unit}")
     for name, s in after.scores.items():
         out[name] = (str(before.scores[name]) if name in before.scores else "", str(s))
     return out

@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-from .core import LuthierError
-from .data.prepare import Prepared, prepare
+from .core import Base, LuthierError
+from .data.prepare import DECODER, Prepared, prepare
+from .data.rows import Form
 from .run import Run
 
 
-def read_data(run: Run, tokenizer: Any, *, positions: int, say: Callable[[str], None]) -> Prepared:
-    """Read, render and divide what ``data`` names. ``positions``: how many tokens the model can see; ``say`` gets what was found, line by line."""
+def form_of(base: Base) -> Form:
+    """What kind of model the rows are for."""
+    config: Any = base.model.config.get_text_config()  # type: ignore[operator, union-attr]
+    two = (getattr(config, "type_vocab_size", None) or 0) > 1
+    return Form(kind=base.anatomy.kind, start=base.anatomy.decoder_start, token_types=base.anatomy.kind == "encoder" and two)
+
+
+def read_data(run: Run, tokenizer: Any, *, positions: int, say: Callable[[str], None], form: Form = DECODER) -> Prepared:
+    """Read, render and divide what ``data`` names. ``positions``: how many tokens the model can see; ``say`` gets what was found, line by line.
+
+    ``form``: what kind of model the rows are for. Raises Incompatible where the objective does not serve that kind.
+    """
     d = run.data
     if not d.train:
         raise LuthierError("data.train: names no file; say luthier train FILE, or data.train=FILE")
+    if serves := getattr(run.objective, "serves", None):
+        serves(form.kind)
+    known: dict[str, Any] = {"problem": run.objective.problem, "labels": run.objective.labels} if run.objective.renders == "label" else {}
     return prepare(
         d.train,
         tokenizer,
         renders=run.objective.renders,
+        form=form,
         template=run.model.template,
         shape=d.shape,
         columns=d.columns,
@@ -33,4 +49,11 @@ def read_data(run: Run, tokenizer: Any, *, positions: int, say: Callable[[str], 
         validation_rows=d.validation_rows,
         seed=run.seed,
         say=say,
+        **known,
     )
+
+
+def fitted(run: Run, prepared: Prepared) -> Run:
+    """The run with what its objective learned from the data: the names of the labels."""
+    fit = getattr(run.objective, "fitted", None)
+    return run if fit is None else replace(run, objective=fit(prepared.facts))

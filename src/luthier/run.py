@@ -41,7 +41,7 @@ class Data:
     shorthand: ClassVar[str] = "train"
 
     train: tuple[str, ...] = ()
-    """Files (.jsonl .json .csv .tsv .parquet .txt), folders of these, or Hub data set ids."""
+    """Files (.jsonl .json .csv .tsv .parquet .txt; .label .all: label, space, text), folders of these, or Hub data set ids."""
     validation: tuple[str, ...] = ()
     """Held-out files. Default: a share of the training rows is held out."""
     validation_share: Annotated[float, Range(0, 0.9)] = 0.05
@@ -50,10 +50,10 @@ class Data:
     """At most so many rows are evaluated during training."""
     general: tuple[str, ...] = ()
     """Text files of general language on which forgetting is measured. Default: a small text that ships with the program."""
-    shape: Literal["auto", "text", "prompt", "alpaca", "messages", "sharegpt"] = "auto"
+    shape: Literal["auto", "text", "prompt", "alpaca", "messages", "sharegpt", "label"] = "auto"
     """The shape of a record. auto: detected, and printed."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Column mapping, ours: yours, for example {prompt: question, completion: answer}."""
+    """Column mapping, ours: yours, for example {prompt: question, completion: answer} or {text: review, label: stars}."""
     split: str = "train"
     """The split of a Hub data set."""
     limit: Annotated[int | None, Range(1)] = None
@@ -172,6 +172,8 @@ class Run:
     """What is kept."""
     log: Log = Log()
     """Where metrics go."""
+    tokens: tuple[str, ...] = ()
+    """Tokens to add to the vocabulary, for example [<tool>]; their rows are trained and saved with the delta, whatever the method."""
     seed: Annotated[int, Range(0)] = 0
     """The same seed twice gives the same bits on CPU."""
     name: str | None = None

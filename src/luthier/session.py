@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from . import __version__, adapter, atomic, build, checkpoint, config, counts
+from . import __version__, adapter, atomic, build, checkpoint, config, counts, vocabulary
 from .core import LuthierError
+from .crafting import choose
 from .data.feed import Batches
 from .data.prepare import Prepared
 from .errors import Interrupted
@@ -34,7 +35,7 @@ from .optim import Optimizer, default_lr
 from .plugins import kind_of
 from .policy import Policy
 from .progress import Reporter
-from .reading import read_data
+from .reading import fitted, form_of, read_data
 from .run import Run
 from .train import Step, train
 
@@ -86,7 +87,12 @@ def execute(run: Run, *, resume: Path | None = None, accept_changes: bool = Fals
     if base.tokenizer is None:
         build.load_tokenizer(run.model)  # says what is missing
     say.base(base)
-    prepared = read_data(run, base.tokenizer, positions=min(base.max_positions, base.tokenizer.model_max_length), say=say.note)
+    if run.tokens:
+        vocabulary.extend(base, run.tokens)
+        say.note(f"{len(run.tokens)} tokens added to the vocabulary: {', '.join(run.tokens)}")
+    room = min(base.max_positions, base.tokenizer.model_max_length) - getattr(run.method, "shift", 0)
+    prepared = read_data(run, base.tokenizer, positions=room, say=say.note, form=form_of(base))
+    run = fitted(run, prepared)
     folder = resume or _new_folder(run)
     try:
         session = Session(run, folder, base, prepared, say)
@@ -121,7 +127,8 @@ class Session:
             rank=run.place.rank,
             size=run.place.size,
         )
-        self.steps = self.feed.steps
+        self.chooses = hasattr(run.method, "candidates")  # nothing is trained: a prompt is chosen
+        self.steps = 0 if self.chooses else self.feed.steps
         every = run.evaluate.every_steps or max(1, round(self.steps / 10))
         self.run = replace(
             run,
@@ -132,9 +139,10 @@ class Session:
         self.warmup = round(run.optim.warmup * self.steps)
         o = self.run.optim
         assert self.policy.delta is not None
-        self.optimizer = Optimizer(
-            self.policy.trained(), lr=lr, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay, patterns=self.policy.delta.optim
-        )
+        if self.steps:
+            self.optimizer = Optimizer(
+                self.policy.trained(), lr=lr, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay, patterns=self.policy.delta.optim
+            )
         self.scorer = Scorer(self.policy, self.objective, prepared, self.run, packed=self.packed)
         self.progress = Progress()
         self.why_lr = why
@@ -146,7 +154,8 @@ class Session:
     def go(self, state: checkpoint.State | None) -> Result:
         """Measure, train, measure, save."""
         self.say.plan(self)
-        self._check_disk()
+        if self.steps:
+            self._check_disk()
         self._write_settings()
         if state is not None:
             checkpoint.restore(state, self.policy, self.optimizer, self.feed)
@@ -160,11 +169,14 @@ class Session:
                 log.write("before", 0, before.numbers())
                 self._samples(0)
                 self.say.measured("before training", before)
-            self._train(log)
+            if self.chooses:
+                self._choose(log)
+            else:
+                self._train(log)
             after = self._finish(log)
         finally:
             log.close()
-        artefact = self.folder / ("model" if self.policy.delta is not None and self.policy.delta.export is None else "adapter")
+        artefact = self.folder / adapter.writes(self.policy.method)
         return self._result(after, artefact)
 
     def _train(self, log: Log) -> None:
@@ -196,12 +208,32 @@ class Session:
                 if self.stopped:
                     break
 
+    def _choose(self, log: Log) -> None:
+        """Try candidate prompts on the held-out rows and keep the best."""
+        method: Any = self.run.method
+        if method.ids:  # given by the user, or chosen by an earlier run
+            return
+        positions = self.base.max_positions - max(len(r) for r in [*self.prepared.train, *self.prepared.validation]) - 1
+        candidates = method.candidates(self.prepared.train, self.base.tokenizer, limit=positions, seed=self.run.seed)
+        task = None if method.choose_by == "loss" else next(iter(self.run.evaluate.tasks), None)
+        if method.choose_by == "task" and task is None:
+            raise LuthierError("method.choose_by=task: the run has no task to choose by; name one, for example evaluate.tasks=[bleu]")
+        tried = choose(self.policy, self.scorer, candidates, task=task, tick=lambda done, of: self.say.tick("candidate prompts", done, of))
+        for i, t in enumerate(tried):
+            log.write("candidate", 0, {"place": i + 1, "loss": t.loss, "tokens": len(t.method.ids)} | ({} if t.score is None else {task or "score": t.score}))
+        self.run = replace(self.run, method=tried[0].method)
+        self._write_settings()
+        self.say.crafted(tried, self.base.tokenizer)
+
     def _evaluate(self, step: Step, log: Log) -> None:
         p = self.progress
         now = self.scorer.measure(tasks=False)
         log.write("evaluation", step.step, now.numbers())
         p.history.append({"step": step.step, "train": step.loss, **now.numbers()})
-        if now.loss is not None and now.loss.value < p.best_loss:
+        pending = self.policy.delta is not None and self.policy.delta.pending is not None and self.policy.delta.pending()
+        if pending:  # of another form than what will be saved: neither the best nor a sign to stop
+            pass
+        elif now.loss is not None and now.loss.value < p.best_loss:
             p.best_loss, p.best_step, p.stale = now.loss.value, step.step, 0
             self._keep_best()
         else:
@@ -222,9 +254,8 @@ class Session:
             self.say.note(f"kept the weights of step {p.best_step}, the best on validation")
         after = self.scorer.measure(tasks=True, say=self.say)
         log.write("after", p.step, after.numbers())
-        kind = "model" if self.policy.delta is not None and self.policy.delta.export is None else "adapter"
         facts = {"run": config.plain(self.run), "steps": p.step, "tokens": p.tokens, "seconds": round(p.seconds, 1), "before": p.before, "after": asdict(after)}
-        adapter.save(self.policy, self.folder / kind, extra={"training": facts})
+        adapter.save(self.policy, self.folder / adapter.writes(self.policy.method), objective=self.objective, extra={"training": facts})
         atomic.as_json(self.folder / "result.json", facts)
         return after
 
@@ -304,17 +335,18 @@ class _Watch:
 
     def __init__(self, policy: Policy, optimizer: Optimizer):
         self.optimizer = optimizer
+        self.resting = (policy.delta and policy.delta.resting) or frozenset
         self.start = {k: _sketch(v) for k, v in optimizer.masters().items()}
         self.done = 0
 
     def check(self, step: int, *, last: bool) -> None:
         self.done += 1
         if self.done == 1:
-            silent = sorted(set(self.start) - self.optimizer.seen)
+            silent = sorted(set(self.start) - self.optimizer.seen - self.resting())
             if silent:
                 raise LuthierError(f"{len(silent)} trained tensors got no gradient in the first step, for example {silent[0]!r}: they would never learn")
         if self.done == self.AFTER and not last:
-            still = [k for k, v in self.optimizer.masters().items() if _sketch(v) == self.start[k]]
+            still = [k for k, v in self.optimizer.masters().items() if _sketch(v) == self.start[k] and k not in self.resting()]
             if still:
                 raise LuthierError(f"{len(still)} trained tensors have not moved after {self.AFTER} steps, for example {still[0]!r}; is optim.lr too small?")
 

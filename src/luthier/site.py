@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 import torch
@@ -86,6 +87,10 @@ class Edit(nn.Module):
         """The weight (out, in) with this edit written in, or None where that is impossible."""
         return None
 
+    def fold_bias(self, bias: Tensor) -> Tensor:
+        """The bias (out,) with this edit written in, beside the weight."""
+        return bias
+
 
 class Site(nn.Module):
     """Stands once for an edited module: the base and its edits by delta name."""
@@ -123,16 +128,14 @@ class Site(nn.Module):
 
     def _mixed(self, frame: Frame, route: tuple[str | None, ...], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Different deltas in one batch: the base once, each edit on its own examples' positions."""
-        order: dict[str, None] = {}  # an example's stack keeps its own order; no two orders of the same deltas share a batch
-        for r in dict.fromkeys(route):
-            order |= dict.fromkeys(n for n in members(r) if n in self.edits)
-        where = {n: frame.serves(n, (x.shape[0], x.shape[1])).to(x.device)[(...,) + (None,) * (x.dim() - 2)] for n in order}
+        order = _in_order([[n for n in members(r) if n in self.edits] for r in dict.fromkeys(route)])
+        where = {n: frame.serves(n, (x.shape[0], x.shape[1])).to(x.device) for n in order}
         for name, mask in where.items():
-            x = torch.where(mask, self.edits[name].before(x), x)  # type: ignore[operator]
+            x = torch.where(_over(mask, x), self.edits[name].before(x), x)  # type: ignore[operator]
         out = self.base(x, *args, **kwargs)
         y, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
         for name, mask in where.items():
-            y = torch.where(mask, self.edits[name].after(x, y), y)  # type: ignore[operator]
+            y = torch.where(_over(mask, y), self.edits[name].after(x, y), y)  # type: ignore[operator]
         return y if rest is None else (y, *rest)
 
     @torch.no_grad()
@@ -145,7 +148,26 @@ class Site(nn.Module):
         if folded is None:
             raise Incompatible(f"{type(self.edits[name]).__name__} cannot be folded into a weight")
         weight.copy_(folded.t() if transposed else folded)
+        if getattr(self.base, "bias", None) is not None:
+            self.base.bias.copy_(self.edits[name].fold_bias(self.base.bias.float()))  # type: ignore[operator]
         del self.edits[name]
+
+
+def _in_order(stacks: list[list[str]]) -> list[str]:
+    """One order in which every stack keeps its own. Raises Incompatible where one batch asks for two orders of the same deltas."""
+    sorter: TopologicalSorter[str] = TopologicalSorter()
+    for stack in stacks:
+        for below, name in zip([None, *stack], stack, strict=False):
+            sorter.add(name, *([] if below is None else [below]))
+    try:
+        return list(sorter.static_order())
+    except CycleError as e:
+        raise Incompatible(f"one batch stacks the same deltas in two orders ({' before '.join(e.args[1])}); give such examples batches of their own") from None
+
+
+def _over(mask: Tensor, x: Tensor) -> Tensor:
+    """A mask (B, T) or (B, 1) that broadcasts over a tensor (B, T, ...)."""
+    return mask[(...,) + (None,) * (x.dim() - 2)]
 
 
 def site_at(model: nn.Module, path: str) -> Site:
@@ -155,7 +177,8 @@ def site_at(model: nn.Module, path: str) -> Site:
         return module
     site = Site(module)
     parent, _, leaf = path.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, site)
+    holder = model.get_submodule(parent)
+    setattr(holder.base if isinstance(holder, Site) else holder, leaf, site)  # a module inside an edited one is called by the edited one's base
     return site
 
 
@@ -166,7 +189,7 @@ def sites(model: nn.Module) -> dict[str, Site]:
 
 def unwrap(model: nn.Module) -> None:
     """Give the model its own modules back where no edit is left."""
-    for path, site in sites(model).items():
+    for path, site in reversed(sites(model).items()):  # what stands inside an edited module first: its path runs through that one's base
         if not site.edits:
             parent, _, leaf = path.rpartition(".")
             setattr(model.get_submodule(parent), leaf, site.base)

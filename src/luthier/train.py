@@ -66,7 +66,10 @@ def train(
             for k, (amount, count) in loss.metrics.items():
                 seen.setdefault(k, []).append(torch.stack([amount.detach().float(), count.detach().float()]))
         if delta is not None and delta.penalty is not None:
-            delta.penalty().backward()
+            penalty = delta.penalty()
+            seen["penalty"] = [torch.stack([penalty.detach().float(), torch.ones_like(penalty)])]
+            if penalty.requires_grad:
+                penalty.backward()
         norm = optimizer.grad_norm()
         terms = {k: place.mean(float(torch.stack(s).sum())) / units[k] for k, s in sums.items() if s and units[k]}
         total = sum(objective.terms[k] * v for k, v in terms.items())

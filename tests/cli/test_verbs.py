@@ -121,3 +121,35 @@ def test_a_run_on_cuda_learns_and_reopens_on_the_cpu(home, tmp_path, capsys):
     result = json.loads((tmp_path / "r" / "result.json").read_text())
     assert result["after"]["loss"]["value"] < result["before"]["loss"]["value"]
     assert said(capsys, "generate", tmp_path / "r", "--prompt", "word 1", "--precision", "float32")[0] == 0
+
+
+def test_several_adapters_answer_score_and_combine(home, tmp_path, capsys):
+    run, base = home / "runs" / "r", home / "base"
+    ask = ("--prompt", "word 1", "--max-new", 5, "--precision", "float32")
+    alone = said(capsys, "generate", run, *ask)[1]
+    plain = said(capsys, "generate", base, *ask)[1]
+    assert alone != plain
+    both = ("--adapter", f"one={run}", "--adapter", f"two={run}")
+    assert said(capsys, "generate", base, *ask, "--adapter", f"one={run}")[1] == alone  # the only one serves
+    assert said(capsys, "generate", base, *ask, *both, "--use", "two")[1] == alone
+    assert said(capsys, "generate", run, *ask, "--adapter", f"one={run}", "--use", "none")[1] == plain
+    assert said(capsys, "generate", base, *ask, *both, "--use", "one+two")[0] == 0
+    for arguments, sentence in (
+        (both, "say which serves"),
+        ((*both, "--use", "three"), "no delta is called 'three' here; there are one, two"),
+        (("--adapter", str(run)), "say NAME=FOLDER"),
+        (("--adapter", f"one={run}", "--adapter", f"one={run}"), "two are called 'one'"),
+        (("--adapter", f"one={tmp_path / 'x'}"), "there is no folder"),
+    ):
+        code, _, err = said(capsys, "generate", base, *ask, *arguments)
+        assert code == 2 and sentence in err
+    code, out, _ = said(capsys, "eval", base, "--data", home / "data.jsonl", *both, "--precision", "float32", "--json")
+    columns = json.loads(out)
+    assert code == 0 and set(columns) == {"one", "two", "base"} and columns["one"] == columns["two"] != columns["base"]
+    code, out, _ = said(capsys, "combine", f"{run}=0.75", f"{run}=0.25", "--to", tmp_path / "c")
+    assert code == 0 and "rank 16" in out  # twice 8, the same function
+    assert said(capsys, "generate", tmp_path / "c", *ask)[1] == alone
+    code, out, _ = said(capsys, "combine", run, run, "--how", "ties", "--rank", 2, "--to", tmp_path / "t")
+    assert code == 0 and "the rank cuts off" in out
+    assert said(capsys, "combine", run, run, "--to", tmp_path / "c")[0] == 2  # never over something
+    assert "the weight a number" in said(capsys, "combine", f"{run}=much", "--to", tmp_path / "d")[2]

@@ -15,7 +15,7 @@ from luthier.plugins import kinds
 from luthier.policy import Policy
 from luthier.train import train
 
-METHODS = kinds("methods")
+METHODS = [k for k in kinds("methods") if k != "crafted_prompt"]  # which trains nothing: tests/methods/test_crafted_prompt.py
 FAMILIES = ["llama_tied", "gpt2", "gemma2", "gpt_neox", "qwen3_moe"]
 
 
@@ -64,7 +64,7 @@ def test_the_loss_falls_and_nothing_outside_the_delta_moves(kind, family):
     trained = {id(p) for p in policy.trained().values()}
     frozen = {n: p.detach().clone() for n, p in policy.lm.named_parameters() if id(p) not in trained}
     assert all(p.requires_grad == (id(p) in trained) for p in policy.lm.parameters())
-    losses = fit(policy, lr=3e-2 if policy.method.edits == "sequence" else 3e-3)  # a few vectors learn slowly
+    losses = fit(policy, lr=3e-2 if policy.method.edits == "sequence" or kind in ("diff_pruning", "ia3") else 3e-3)  # a few vectors or places learn slowly
     assert losses[-1] < losses[0] - 0.01
     after = dict(policy.lm.named_parameters())
     assert all(torch.equal(v, after[n]) for n, v in frozen.items())
@@ -75,7 +75,7 @@ def test_the_loss_falls_and_nothing_outside_the_delta_moves(kind, family):
 def test_switched_off_it_is_the_base_bit_for_bit_or_says_why_not(kind, family):
     plain, policy = Policy(tiny.base(family)), attached(kind, family)
     fit(policy, 3)
-    if policy.method.edits == "weights":
+    if policy.method.edits == "weights" and not getattr(policy.method, "reversible", False):
         with pytest.raises(Incompatible, match="no base left"), policy.reference():
             pass
         return
@@ -120,6 +120,10 @@ def test_routed_examples_equal_each_alone(kind):
     for packed in (True, False):
         together = Objective().collate(rows, pad=0, packed=packed)
         together.route = route
+        if edits(kind) == "weights":  # one tensor cannot be two
+            with pytest.raises(Incompatible, match="serves a whole batch or none of it"):
+                policy.hidden(together)
+            continue
         with torch.no_grad():
             hidden = policy.hidden(together).flatten(0, 1)
             width = together.shape[1]

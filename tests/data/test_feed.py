@@ -142,6 +142,50 @@ def test_a_rank_without_rows_runs_one_that_counts_nothing() -> None:
     assert batch.units == {"tokens": 0} and bool((batch.targets == IGNORE).all())
 
 
+def visits(f: Batches, steps: int) -> list[set[tuple[int, ...]]]:
+    seen: list[set[tuple[int, ...]]] = []
+
+    def collate(rows: list[Row], **how: Any) -> Batch:
+        assert all(ROWS[r.visit[2]].where == r.where for r in rows if r.visit)
+        seen[-1] |= {r.visit for r in rows if r.visit}  # none: a rank without rows
+        return next_token_batch(rows, **how)
+
+    f.collate = collate
+    for _ in range(steps):
+        seen.append(set())
+        next(f)
+    return seen
+
+
+def test_a_row_knows_its_visit_whatever_the_machine() -> None:
+    """What is hidden from a row is drawn by its visit: (seed, epoch, row)."""
+    whole = visits(feed(epochs=3.0, seed=5), 15)
+    assert set().union(*whole) >= {(5, 0, i) for i in range(57)} | {(5, 1, i) for i in range(57)}
+    ranks = [visits(feed(epochs=3.0, seed=5, size=2, rank=r, micro_tokens=64), 15) for r in (0, 1)]
+    assert [a | b for a, b in zip(*ranks, strict=True)] == whole
+    later = feed(epochs=3.0, seed=5)
+    state = feed(epochs=3.0, seed=5)
+    for _ in range(9):
+        next(state)
+    later.load_state_dict(state.state_dict())
+    assert visits(later, 6) == whole[9:]
+
+
+def test_a_source_counts_as_much_as_an_answer() -> None:
+    rng = np.random.default_rng(0)
+    rows = [Row(np.ones(n, np.int32), np.ones(n, bool), str(i), {"source": np.ones(m, np.int32)}) for i, (n, m) in enumerate(rng.integers(2, 50, (40, 2)))]
+    f = feed(rows, epochs=1.0, batch_tokens=400, micro_tokens=200)
+    total = 0
+    for step in f:
+        tokens = sum(b.tokens for b in step)
+        total += tokens
+        assert tokens <= 400
+        for b in step:
+            assert b.source is not None
+            assert len(b.where) * int(b.segments.length.max() + b.source.segments.length.max()) <= 200
+    assert total == sum(len(r) + len(r.extras["source"]) for r in rows)
+
+
 def test_packed_examples_keep_their_own_positions_and_targets() -> None:
     f = feed(packed=True, micro_tokens=300)
     for batch in next(f):

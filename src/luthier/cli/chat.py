@@ -16,12 +16,17 @@ def command(
     top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Choose among the likeliest tokens that make up this share.")] = 0.95,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same answers.")] = 0,
     precision: Annotated[str, typer.Option(help="float32, bfloat16, or auto: what this machine does fast.")] = "auto",
+    adapter: Annotated[list[str] | None, typer.Option(help="One more adapter on the same base, NAME=FOLDER; may be given several times.")] = None,
+    use: Annotated[str | None, typer.Option(help="What answers at first: a name, a+b for a stack, none. Default: the first argument's.")] = None,
 ) -> None:
-    """Talk: /base switches the adapter off and on, /reset forgets the conversation, /exit (or Ctrl-D) ends."""
+    """Talk: /base switches the adapter off and on, /use NAME takes another, /reset forgets the conversation, /exit (or Ctrl-D) ends."""
     from ..data.render import render_prompt, stop_ids
-    from ..opening import load
+    from ..errors import LuthierError
+    from ..measure import can_write
+    from ..opening import load, named
 
-    policy = load(what, model=model, precision=precision)
+    policy = load(what, model=model, precision=precision, adapters=named(adapter or []), use=use)
+    can_write(policy)
     tokenizer = policy.base.tokenizer
     name = policy.active
     stops = stop_ids(tokenizer, None)
@@ -42,12 +47,19 @@ def command(
         elif said == "/base" and name:
             policy.use(None if policy.active else name)
             typer.echo("adapter off: this is the base" if policy.active is None else "adapter on")
+        elif said.startswith("/use "):
+            try:
+                policy.use(None if said.split()[1] == "none" else said.split()[1])
+                name = policy.active or name
+                typer.echo(f"now answers: {policy.active or 'the base'}")
+            except LuthierError as e:
+                typer.echo(str(e))
         elif said.startswith("/"):
-            typer.echo(f"{said}: there are /reset, {'/base, ' if name else ''}/exit")
+            typer.echo(f"{said}: there are /reset, {'/base, /use NAME, ' if name else ''}/exit")
         elif said:
             messages = [*messages, {"role": "user", "content": said}]
             ids = list(render_prompt(messages, tokenizer, None))
-            if len(ids) >= policy.base.max_positions - 8:
+            if len(ids) >= policy.limit - 8:
                 typer.echo(f"the conversation is {len(ids)} tokens long, all this model can read; /reset forgets it")
                 messages = messages[:-1]
                 continue

@@ -18,8 +18,11 @@ def command(
     what: Annotated[str, typer.Argument(help="fiddle, a model folder, a Hub id, an adapter or a run's folder.")],
     data: Annotated[list[str], typer.Option(help="Held-out data: a file, a folder or a Hub id; may be given several times.")],
     task: Annotated[list[str] | None, typer.Option(help="A task to score (bleu, exact_match, ...); may be given several times.")] = None,
-    rows: Annotated[int, typer.Option(min=1, help="At most so many prompts are answered.")] = 500,
-    text: Annotated[bool, typer.Option("--text", help="Raw text: loss and bits per byte, no tasks.")] = False,
+    rows: Annotated[int | None, typer.Option(min=1, help="At most so many rows are answered. Default: 500; all, where a head gives labels.")] = None,
+    text: Annotated[
+        bool, typer.Option("--text", help="Raw text: loss and bits per byte (of hidden tokens, for models that are no decoders), no tasks.")
+    ] = False,
+    column: Annotated[list[str] | None, typer.Option(help="Which column is which, OURS=YOURS, e.g. text=review; may be given several times.")] = None,
     alone: Annotated[bool, typer.Option("--alone", help="Do not score the base beside an adapter.")] = False,
     copy_from: Annotated[str | None, typer.Option(help="Training data: also score copying the answer of its nearest prompt.")] = None,
     output: Annotated[Path | None, typer.Option(help="Write every prompt, reference and answer to this .jsonl file.")] = None,
@@ -29,25 +32,36 @@ def command(
     template: Annotated[str | None, typer.Option(help="Chat template: a name or a .jinja file. Default: the model's own.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Draws the resamples behind the intervals.")] = 0,
     precision: Annotated[str, typer.Option(help="float32, bfloat16, or auto: what this machine does fast.")] = "auto",
+    adapter: Annotated[list[str] | None, typer.Option(help="One more adapter on the same base, NAME=FOLDER: a column for each.")] = None,
+    use: Annotated[str | None, typer.Option(help="Score only this: a name, default (the first argument's), a+b for a stack, none.")] = None,
 ) -> None:
     """Evaluate: every score with its count and a 95 % interval. `luthier eval runs/NAME --data test.jsonl --task bleu`."""
     from ..errors import LuthierError
-    from ..opening import load
+    from ..opening import load, named
     from ..plugins import plugin
 
     if text and (task or copy_from or output):
         raise LuthierError("--text measures loss on raw text; --task, --copy-from and --output need prompts and answers")
     tasks = {name: plugin("tasks", name)() for name in task or []}
-    policy = load(what, model=model, precision=precision)
-    prepared = _prepare(policy, data, template, "text" if text else "chat")
-    del prepared.validation_records[rows:]
+    more = named(adapter or [])
+    policy = load(what, model=model, precision=precision, adapters=more, use=use or ("none" if more else None))
+    serves = list(policy.deltas) if more and use is None else [policy.active]
+    names = [*serves, None] if any(serves) and not alone and not policy.heads else serves  # a head without its delta says nothing
+    policy.use(max(names, key=lambda n: policy.deltas[n].shift if n in policy.deltas else 0))  # rows are read for the one with the least room
+    goal = _objective(policy, text)
+    goal.serves(policy.base.anatomy.kind)
+    if goal.renders == "label":
+        if copy_from:
+            raise LuthierError("--copy-from copies answers, and this model gives labels; the share of the commonest label is what to beat")
+        tasks = {"classification": plugin("tasks", "classification")(problem=goal.problem)} | tasks
+    prepared = _prepare(policy, data, template, goal, _columns(column or []))
+    del prepared.validation_records[rows or (len(prepared.validation) if goal.renders == "label" else 500) :]
     columns: dict[str, dict[str, Any]] = {}
     answers: dict[str, list[str]] = {}
-    names = [policy.active, None] if policy.active and not alone else [policy.active]
     for name in names:
         policy.use(name)
-        label = "tuned" if name else ("base" if len(names) > 1 else Path(what).name)
-        columns[label] = _losses(policy, prepared, text)
+        label = (name if more else "tuned") if name else ("base" if len(names) > 1 else Path(what).name)
+        columns[label] = _losses(policy, prepared, goal)
         if tasks:
             answers[label] = _answers(policy, prepared, template, max_new)
             columns[label] |= _scores(tasks, prepared, answers[label], seed)
@@ -62,36 +76,57 @@ def command(
         _print(columns)
 
 
-def _prepare(policy: Policy, data: list[str], template: str | None, renders: str) -> Any:
-    from ..data.prepare import prepare
+def _objective(policy: Policy, text: bool) -> Any:
+    """What the data is read for: labels, where the model has a head; else responses; with --text the text itself."""
+    from ..plugins import plugin
 
+    if policy.heads and not text:
+        return policy.objective
+    return plugin("objectives", "sft" if not text else "text" if policy.base.anatomy.kind == "decoder" else "masked_text")()
+
+
+def _prepare(policy: Policy, data: list[str], template: str | None, goal: Any, columns: dict[str, str]) -> Any:
+    from ..data.prepare import prepare
+    from ..reading import form_of
+
+    known = {"problem": goal.problem, "labels": goal.labels} if goal.renders == "label" else {}
     # Read as validation data of itself: everything in it is held out here.
     return prepare(
         data,
         policy.base.tokenizer,
-        renders=renders,  # type: ignore[arg-type]
+        renders=goal.renders,
+        form=form_of(policy.base),
         template=template,
-        max_tokens=min(2048, policy.base.max_positions),
-        over_length="split" if renders == "text" else "truncate",
+        columns=columns,
+        max_tokens=min(2048, policy.limit),
+        over_length="split" if goal.renders in ("text", "masked") else "truncate",
         on_bad_row="stop",
         validation=data,
         validation_rows=10**9,
         say=lambda _: None,
+        **known,
     )
 
 
-def _losses(policy: Policy, prepared: Any, text: bool) -> dict[str, Any]:
+def _columns(settings: list[str]) -> dict[str, str]:
+    from ..errors import LuthierError
+
+    for setting in settings:
+        if not all(setting.partition("=")):
+            raise LuthierError(f"--column {setting}: say OURS=YOURS, for example --column text=review")
+    return dict(setting.split("=", 1) for setting in settings)
+
+
+def _losses(policy: Policy, prepared: Any, objective: Any) -> dict[str, Any]:
     from ..evaluate import loss_on
     from ..measure import Mean, group
-    from ..objectives import sft
-    from ..objectives import text as raw
 
-    objective = raw.Objective() if text else sft.Objective()
     pad, packed = policy.base.tokenizer.pad_token_id or 0, policy.base.packs
     groups = group(prepared.validation, 8192, packed)
     losses = loss_on(policy, objective, (objective.collate(g, pad=pad, packed=packed).to(policy.device) for g in groups))
-    out: dict[str, Any] = {"loss per token": Mean(losses.value, losses.n)}
-    if text:
+    unit = "hidden token" if objective.renders == "masked" else next(iter(objective.terms)).removesuffix("s")
+    out: dict[str, Any] = {f"loss per {unit}": Mean(losses.value, losses.n, unit)}
+    if objective.renders == "text":
         size = sum(len(policy.base.tokenizer.decode(r.ids[1:], skip_special_tokens=True).encode()) for r in prepared.validation)
         out["bits per byte"] = Mean(losses.bits_per_byte(size), size)
     return out
@@ -102,9 +137,11 @@ def _answers(policy: Policy, prepared: Any, template: str | None, max_new: int) 
 
     from rich.console import Console
 
-    from ..measure import answer_rows, task_rows
+    from ..measure import answer_rows, as_answer, predict, task_rows
     from ..progress import Reporter
 
+    if policy.heads:
+        return [as_answer(said) for said in predict(policy, policy.objective, prepared.validation[: len(prepared.validation_records)])]
     say = Reporter(Console(file=sys.stderr, highlight=False))
     return [a["answer"] for a in answer_rows(policy, task_rows(prepared.validation_records), template=template, max_new=max_new, say=say, label="answering")]
 

@@ -28,6 +28,8 @@ def command(
     top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Choose among the likeliest tokens that make up this share.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same answers.")] = 0,
     precision: Annotated[str, typer.Option(help="float32, bfloat16, or auto: what this machine does fast.")] = "auto",
+    adapter: Annotated[list[str] | None, typer.Option(help="One more adapter on the same base, NAME=FOLDER; may be given several times.")] = None,
+    use: Annotated[str | None, typer.Option(help="What answers: a name of --adapter, default (that of the first argument), a+b for a stack, none.")] = None,
 ) -> None:
     """Generate: `luthier generate runs/NAME --prompt "..."`, or `--input prompts.jsonl --output answers.jsonl` in batches."""
     from ..errors import LuthierError
@@ -42,9 +44,11 @@ def command(
     if output and done == len(rows):
         typer.echo(f"{output}: all {done} answers are there already")
         return
-    from ..opening import load
+    from ..measure import can_write
+    from ..opening import load, named
 
-    policy = load(what, model=model, precision=precision)
+    policy = load(what, model=model, precision=precision, adapters=named(adapter or []), use=use)
+    can_write(policy)
     if not output:
         for row in rows:
             typer.echo(_answers(policy, [row], system, raw, 0, how)[0]["answer"])

@@ -49,7 +49,10 @@ def command(
     result = execute(run, resume=resume, accept_changes=accept_changes, reporter=reporter)
     reporter.result(result)
     where = result.artefact
-    reporter.note(f'try it:      luthier chat {where}    or    luthier generate {where} --prompt "..."')
+    if run.objective.renders == "label":
+        reporter.note(f"try it:      luthier predict {where} FILE    or    luthier eval {where} --data FILE")
+    elif run.objective.renders != "masked":
+        reporter.note(f'try it:      luthier chat {where}    or    luthier generate {where} --prompt "..."')
     if where.name == "adapter":  # a whole model has nothing to merge
         reporter.note(f"merge it:    luthier merge {where} --output merged/")
 

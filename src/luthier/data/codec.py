@@ -45,11 +45,29 @@ class Codec:
         return [(np.array(e.ids, dtype=np.int32), np.array(e.offsets, dtype=np.int64).reshape(-1, 2)) for e in found]
 
     def _backend(self) -> Any:
-        """A tokenizer.json can ask for padding or truncation; here both would be silent damage."""
-        backend = self.tokenizer.backend_tokenizer
-        backend.no_padding()
-        backend.no_truncation()
-        return backend
+        self.reset()
+        return self.tokenizer.backend_tokenizer
+
+    def reset(self) -> None:
+        """A tokenizer.json can ask for padding or truncation, and a call that cuts leaves it so; here both would be silent damage."""
+        if self.fast:
+            self.tokenizer.backend_tokenizer.no_padding()
+            self.tokenizer.backend_tokenizer.no_truncation()
+
+    @property
+    def around(self) -> tuple[np.ndarray, np.ndarray]:
+        """What the tokenizer puts before and behind a text ([CLS], [SEP])."""
+        whole, inner = (self.tokenizer("a", add_special_tokens=add, verbose=False)["input_ids"] for add in (True, False))
+        at = next((i for i in range(len(whole) - len(inner) + 1) if whole[i : i + len(inner)] == inner), len(whole))
+        return np.array(whole[:at], dtype=np.int32), np.array(whole[at + len(inner) :], dtype=np.int32)
+
+    @property
+    def separator(self) -> np.ndarray:
+        """What stands between two texts of a decoder's row: the separator token, else the end of sequence, else a line break."""
+        for token in (self.tokenizer.sep_token_id, self.eos):
+            if token is not None:
+                return np.array([token], dtype=np.int32)
+        return self.encode(["\n"])[0]
 
     def lacks_bos(self, ids: np.ndarray) -> bool:
         """Whether this tokenizer would put its beginning token before these."""

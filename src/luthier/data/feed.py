@@ -7,12 +7,14 @@ not change with the machine, and a run goes on after an interruption as if nothi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from ..core import Batch, LuthierError, Row
+from .rows import sides
 
 Collate = Callable[..., Batch]  # (rows, *, pad, packed)
 
@@ -42,7 +44,8 @@ class Batches:
         self.rows, self.collate, self.pad, self.packed = rows, collate, pad, packed
         self.batch_tokens, self.batch_examples, self.micro_tokens = batch_tokens, batch_examples, micro_tokens
         self.seed, self.rank, self.size, self.device = seed, rank, size, device
-        self.lengths = np.fromiter((len(r) for r in rows), dtype=np.int64, count=len(rows))
+        self.sides = np.fromiter((n for r in rows for n in sides(r)), dtype=np.int64, count=2 * len(rows)).reshape(-1, 2)
+        self.lengths = self.sides.sum(1)
         self.total_rows = None if steps is not None else max(1, round(epochs * len(rows)))
         self.epoch, self.offset, self.step = 0, 0, 0  # where the next step begins
         self._order, self._sums = self._plan(0)
@@ -60,7 +63,7 @@ class Batches:
         return max(offset, int(np.searchsorted(sums, sums[offset] + budget, side="right")) - 1)
 
     def _take(self, epoch: int, offset: int, order: np.ndarray, sums: np.ndarray) -> tuple[list[np.ndarray], int, int, np.ndarray, np.ndarray]:
-        """The rows of the step that begins here, across the end of an epoch where it falls, and where the next one begins."""
+        """The (epoch, row) pairs of the step that begins here, across the end of an epoch where it falls, and where the next one begins."""
         n, taken, tokens = len(order), 0, 0
         parts: list[np.ndarray] = []
         while True:
@@ -76,7 +79,7 @@ class Batches:
                     end = max(end, offset + 1)  # a row longer than the budget is a step of its own
             end = min(end, offset + left)
             if end > offset:
-                parts.append(order[offset:end])
+                parts.append(np.stack([np.full(end - offset, epoch), order[offset:end]], 1))
                 taken, tokens = taken + end - offset, tokens + int(sums[end] - sums[offset])
             full, offset = end < n, end
             done = self.batch_examples is not None and taken >= self.batch_examples
@@ -110,8 +113,8 @@ class Batches:
         return batches if self.device is None else [b.to(self.device) for b in batches]
 
     def _mine(self, chosen: np.ndarray) -> list[list[Row]]:
-        """This rank's micro-batches. Rows are dealt by length, and every rank gets as many micro-batches as the one that needs most."""
-        by_length = chosen[np.argsort(self.lengths[chosen], kind="stable")]
+        """This rank's micro-batches of (epoch, row) pairs. They are dealt by length, and every rank gets as many micro-batches as the one that needs most."""
+        by_length = chosen[np.argsort(self.lengths[chosen[:, 1]], kind="stable")]
         hands = [self._cut(by_length[rank :: self.size]) for rank in range(self.size)]
         wanted = max(len(hand) for hand in hands)
         mine = hands[self.rank]
@@ -119,22 +122,23 @@ class Batches:
             biggest = max(range(len(mine)), key=lambda i: len(mine[i]))
             half = len(mine[biggest]) // 2
             mine[biggest : biggest + 1] = [mine[biggest][:half], mine[biggest][half:]]
-        batches = [[self.rows[i] for i in micro] for micro in mine]
+        batches = [[replace(self.rows[i], visit=(self.seed, epoch, i)) for epoch, i in micro.tolist()] for micro in mine]
         # A step of fewer rows than ranks: the others run the shortest row with nothing trained, because ranks must call the model equally often.
-        shortest = self.rows[by_length[0]]
+        shortest = self.rows[by_length[0, 1]]
         idle = Row(shortest.ids, np.zeros(len(shortest), dtype=bool), "(nothing: fewer rows than ranks)", shortest.extras)
         return batches + [[idle] for _ in range(wanted - len(batches))]
 
-    def _cut(self, indices: np.ndarray) -> list[np.ndarray]:
-        """Cut rows sorted by length into micro-batches of at most ``micro_tokens`` positions, padding to the longest row included."""
-        cuts, start, total = [], 0, 0
-        for i, length in enumerate(self.lengths[indices].tolist()):
-            width = total + length if self.packed else (i - start + 1) * length
+    def _cut(self, pairs: np.ndarray) -> list[np.ndarray]:
+        """Cut rows sorted by length into micro-batches of at most ``micro_tokens`` positions, padding to the longest included, on both sides."""
+        cuts, start, total, longest = [], 0, 0, (0, 0)
+        for i, (own, source) in enumerate(self.sides[pairs[:, 1]].tolist()):
+            longest = max(longest[0], own), max(longest[1], source)
+            width = total + own + source if self.packed else (i - start + 1) * sum(longest)
             if i > start and width > self.micro_tokens:
-                cuts.append(indices[start:i])
-                start, total = i, 0
-            total += length
-        return [*cuts, indices[start:]] if len(indices) else []
+                cuts.append(pairs[start:i])
+                start, total, longest = i, 0, (own, source)
+            total += own + source
+        return [*cuts, pairs[start:]] if len(pairs) else []
 
     # --- going on ---
 

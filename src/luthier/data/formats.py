@@ -17,7 +17,7 @@ from typing import Any, Literal
 from ..core import LuthierError
 
 SEPARATOR = "<|endoftext|>"  # alone on a line of a text file: here one document ends and the next begins
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".md")
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".md", ".label", ".all")
 LONGEST_LINE = 64 * 2**20
 
 
@@ -52,6 +52,7 @@ def read_file(path: Path, *, bad: Bad) -> Iterator[Record]:
     """The records of one file, by its suffix; at least one, or an error."""
     readers: dict[str, Callable[[Path, Bad], Iterator[Record]]] = {
         ".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _tsv, ".parquet": _parquet, ".arrow": _arrow, ".txt": _text, ".md": _text,
+        ".label": _labelled_lines, ".all": _labelled_lines,
     }  # fmt: skip
     before, any_record = bad.count, False
     for record in readers[path.suffix.lower()](path, bad):
@@ -107,6 +108,22 @@ def _text(path: Path, bad: Bad) -> Iterator[Record]:
         else:
             held.append(line)
     yield from document()
+
+
+def _labelled_lines(path: Path, bad: Bad) -> Iterator[Record]:
+    """One row a line, its label, a space and the text, as question classification (Li and Roth, 2002) is shipped. Lines that are not UTF-8 are Latin-1."""
+    for number, raw in enumerate(path.read_bytes().split(b"\n"), 1):
+        try:
+            line = raw.decode("utf-8")
+        except UnicodeDecodeError:
+            line = raw.decode("latin-1")
+        if not line.strip():
+            continue
+        label, _, text = line.strip().partition(" ")
+        if text.strip():
+            yield Record({"label": label, "text": text.strip()}, f"{path}:{number}")
+        else:
+            bad.add(f"{path}:{number}", f"{line.strip()[:40]!r} has no text behind its label; a line is the label, a space, the text", "Correct the line")
 
 
 # --- JSON -----------------------------------------------------------------------------------------------------------

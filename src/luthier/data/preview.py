@@ -11,6 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..core import Row
+from . import labels
+from .counting import learned
 
 OPEN, CLOSE = "⟦", "⟧"  # around trained tokens where there is no colour
 HEAD, TAIL = 300, 100  # tokens shown of a longer row
@@ -25,11 +27,15 @@ def counts_table(facts: Mapping[str, Any]) -> Table:
         table.add_row("shape", f"{name}: {shape}")
     if facts["template"]:
         table.add_row("chat template", facts["template"])
-    share = facts["trained_tokens"] / facts["tokens"]
     table.add_row("records", f"{facts['records']:,}")
     table.add_row("rows", f"{facts['rows']:,} to train, {facts['validation']['rows']:,} held out")
     table.add_row("tokens", f"{facts['tokens']:,}")
-    table.add_row("trained tokens", f"{facts['trained_tokens']:,} ({share:.0%})")
+    if facts["renders"] in ("text", "chat"):
+        table.add_row("trained tokens", f"{facts['trained_tokens']:,} ({facts['trained_tokens'] / facts['tokens']:.0%})")
+    else:
+        table.add_row("learned", learned(facts))
+    for line in labels.said(facts, facts["rows"]) if "problem" in facts else ():
+        table.add_row("labels", line)
     table.add_row("length of a row", f"median {facts['median']:,}, longest {facts['longest']:,}, limit {facts['max_tokens']:,}")
     table.add_row(f"over length ({facts['over_length']})", _over(facts))
     table.add_row("bad rows", f"{facts['bad_rows']:,}" + "".join(f"\n{line}" for line in facts["bad_examples"]))
@@ -77,11 +83,32 @@ def _part(row: Row, start: int, end: int) -> Row:
     return Row(row.ids[start:end], row.train[start:end], row.where, row.extras)
 
 
+MEANING = {"masked": "tokens that may be hidden", "label": "", "text": "trained tokens", "chat": "trained tokens"}
+
+
 def show(rows: list[Row], tokenizer: Any, facts: Mapping[str, Any], console: Console) -> None:
-    """The counts, then the rows."""
+    """The counts, then the rows: their source where they have one, and their label."""
     colour = console.is_terminal and not console.no_color
     console.print(counts_table(facts))
-    console.print(Text(f"\ntrained tokens are {'green' if colour else f'between {OPEN} and {CLOSE}'}; the others are read, not learned"))
+    if meaning := MEANING[facts["renders"]]:
+        console.print(Text(f"\n{meaning} are {'green' if colour else f'between {OPEN} and {CLOSE}'}; the others are read, not learned"))
     for row in rows:
-        console.print(Text(f"\n--- {row.where}: {len(row):,} tokens, {int(row.train.sum()):,} trained", style="bold"))
-        console.print(shown(row, tokenizer, colour=colour), soft_wrap=True)
+        source, label = row.extras.get("source"), facts["renders"] == "label"
+        own = "" if label and isinstance(source, np.ndarray) else f"{len(row):,} tokens, {int(row.train.sum()):,} trained"
+        read = f"a source of {len(source):,} tokens" if isinstance(source, np.ndarray) else ""
+        said = f"{len(row):,} tokens" if label and not read else ", ".join(x for x in (read, own) if x)
+        console.print(Text(f"\n--- {row.where}: {said}" + (f", label {_label(row, facts)}" if label else ""), style="bold"))
+        if isinstance(source, np.ndarray):
+            console.print(shown(Row(source, np.zeros(len(source), dtype=bool)), tokenizer, colour=colour), soft_wrap=True)
+        if not label:
+            console.print(shown(row, tokenizer, colour=colour), soft_wrap=True)
+        elif not read:
+            console.print(shown(Row(row.ids, np.zeros(len(row), dtype=bool)), tokenizer, colour=colour), soft_wrap=True)
+
+
+def _label(row: Row, facts: Mapping[str, Any]) -> str:
+    label = row.extras["label"]
+    if facts["problem"] == "regression":
+        return f"{label:g}"
+    names = facts["labels"]
+    return names[label] if facts["problem"] == "single" else ", ".join(n for n, is_one in zip(names, label, strict=True) if is_one) or "none"

@@ -11,7 +11,8 @@ import numpy as np
 from ..core import LuthierError, Row
 from .answers import Rendered, Renderer, TrainOn
 from .codec import Codec, in_batches
-from .rows import Counts, Dropped, OverLength, Progress, text_rows
+from .rows import Counts, Dropped, Kind, OverLength, Progress, text_rows
+from .seq2seq import render_source
 from .shapes import Chat, Document
 from .templates import Refused
 
@@ -116,9 +117,13 @@ def _renderer(tokenizer: Any, template: str | None, own: str) -> Renderer:
     return Renderer(tokenizer, template)
 
 
-def render_prompt(messages: list[dict[str, Any]], tokenizer: Any, template: str | None = None, *, tools: list[dict[str, Any]] | None = None) -> list[int]:
-    """The ids to generate from: the conversation and the template's generation prompt, exactly as in training."""
+def render_prompt(
+    messages: list[dict[str, Any]], tokenizer: Any, template: str | None = None, *, tools: list[dict[str, Any]] | None = None, kind: Kind = "decoder"
+) -> list[int]:
+    """The ids to generate from, exactly as in training: the conversation and the template's generation prompt; for an encoder-decoder, its source."""
     renderer = _renderer(tokenizer, template, str(tokenizer.chat_template))
+    if kind == "encoder_decoder":
+        return render_source(messages, renderer, tools)
     messages, tools, _ = renderer.template.adapt(messages, tools)
     try:
         text = renderer.template.text(messages, tools, generation=True)
@@ -127,9 +132,11 @@ def render_prompt(messages: list[dict[str, Any]], tokenizer: Any, template: str 
     return renderer.codec.with_bos(renderer.codec.encode([text])[0], "the prompt").tolist()
 
 
-def stop_ids(tokenizer: Any, template: str | None = None) -> list[int]:
-    """Tokens at which generation stops: the one that ends a trained turn, and the tokenizer's end of sequence."""
+def stop_ids(tokenizer: Any, template: str | None = None, *, kind: Kind = "decoder") -> list[int]:
+    """Tokens at which generation stops: the one that ends a trained turn, and the tokenizer's end of sequence (an encoder-decoder's only one)."""
     ends = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
+    if kind == "encoder_decoder":
+        return sorted(ends)
     row = render_chat(Chat([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]), tokenizer, template, max_tokens=1 << 30)
     if isinstance(row, Row) and int(row.ids[-1]) in Codec(tokenizer).ends:
         ends.add(int(row.ids[-1]))

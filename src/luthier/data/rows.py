@@ -10,8 +10,18 @@ import numpy as np
 
 from ..core import LuthierError, Row
 
+Kind = Literal["decoder", "encoder", "encoder_decoder"]
 OverLength = Literal["drop", "truncate", "split"]
 Progress = Callable[[int], None]  # records done
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What kind of model the rows are for."""
+
+    kind: Kind = "decoder"
+    start: int = 0  # the token an encoder-decoder's answer begins with
+    token_types: bool = False  # it is told which of two texts a token belongs to (BERT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +49,12 @@ class Counts:
     def add_notes(self, other: Counts) -> None:
         for text, n in other.notes.items():
             self.notes[text] = self.notes.get(text, 0) + n
+
+
+def sides(row: Row) -> tuple[int, int]:
+    """Tokens of a row's own side, and of its source (0 but for encoder-decoders): both take memory and time."""
+    source = row.extras.get("source")
+    return len(row), len(source) if isinstance(source, np.ndarray) else 0
 
 
 def text_rows(ids: np.ndarray, where: str, max_tokens: int, over_length: OverLength, counts: Counts) -> list[Row]:

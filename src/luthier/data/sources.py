@@ -50,14 +50,14 @@ def files_of(source: str, split: str = "train") -> list[Path] | None:
 
 
 def splits_of(folder: Path) -> dict[str, list[Path]]:
-    """Data files below a folder by the split their names tell (train.jsonl, valid.jsonl, test-00000-of-00002.parquet); "": the others."""
+    """Data files below a folder by the split their names tell (train.jsonl, test-00000-of-00002.parquet, TREC.train.all); "": the others."""
     found: dict[str, list[Path]] = {}
     for path in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
         if hidden or not path.is_file() or path.suffix.lower() not in SUFFIXES or path.name.lower() in _NOT_DATA:
             continue
-        stem = re.split(r"[-_.]", path.stem.lower())[0]
-        found.setdefault(_SPLIT_NAMES.get(stem, ""), []).append(path)
+        words = re.split(r"[-_.]", path.stem.lower())
+        found.setdefault(_SPLIT_NAMES.get(words[0]) or _SPLIT_NAMES.get(words[-1], ""), []).append(path)
     return found
 
 

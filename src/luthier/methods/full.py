@@ -18,6 +18,7 @@ class Method:
 
     edits: ClassVar[Literal["weights"]] = "weights"
     lr_factor: ClassVar[float] = 1.0
+    whole: ClassVar[bool] = True  # what is saved is a whole model
 
     def attach(self, base: Base, name: str) -> Delta:
         """Mark every parameter as trained. Keys are "<module path>:<leaf>"."""

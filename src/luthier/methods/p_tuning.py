@@ -44,6 +44,11 @@ class Method:
     def __post_init__(self) -> None:
         within_ranges(self)
 
+    @property
+    def shift(self) -> int:
+        """Positions the text moves."""
+        return self.length
+
     def attach(self, base: Base, name: str) -> Delta:
         """Make the encoder. Raises Incompatible where the prompt leaves the model no room."""
         leave_room(base, self.length)

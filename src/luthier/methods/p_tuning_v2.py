@@ -39,6 +39,11 @@ class Method:
     def __post_init__(self) -> None:
         within_ranges(self)
 
+    @property
+    def shift(self) -> int:
+        """Positions the text moves."""
+        return self.length
+
     def attach(self, base: Base, name: str) -> Delta:
         """Make the prompts. Raises Incompatible where they leave no room, or the model's attention is its own."""
         return attach_prefix(base, "prompts", self.length, hidden=self.hidden, text=None, std=0.02, dropout=self.dropout)

@@ -43,6 +43,11 @@ class Method:
     def __post_init__(self) -> None:
         within_ranges(self)
 
+    @property
+    def shift(self) -> int:
+        """Positions the text moves."""
+        return self.length
+
     def attach(self, base: Base, name: str) -> Delta:
         """Make the prefix. Raises Incompatible where it leaves no room, or the model's attention is its own."""
         return attach_prefix(base, "prefix", self.length, hidden=self.hidden, text=self.init_text if self.init == "text" else None, std=0.02)

@@ -42,6 +42,11 @@ class Method:
     def __post_init__(self) -> None:
         within_ranges(self)
 
+    @property
+    def shift(self) -> int:
+        """Positions the text moves."""
+        return self.length
+
     def attach(self, base: Base, name: str) -> Delta:
         """Make the prompt. Raises Incompatible where it leaves the model no room."""
         leave_room(base, self.length)

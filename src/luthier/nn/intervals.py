@@ -47,6 +47,16 @@ def bootstrap(stats_NK: np.ndarray, statistic: Statistic, *, seed: int = 0, time
     return Interval(value, low, high, len(stats_NK))
 
 
+def recounted(n: int, statistic: Statistic, *, seed: int = 0, times: int = 1000, level: float = 0.95) -> Interval:
+    """A statistic of how often each of n rows is there (R, N), for what is no function of sums over rows: a rank correlation, an F1 of many classes."""
+    if n < 1:
+        raise ValueError("an interval needs at least one row")
+    value = float(statistic(np.ones((1, n)))[0])
+    counts = _counts(np.random.default_rng(seed), n, times)
+    low, high = _percentiles(np.concatenate([statistic(counts_rN) for counts_rN in counts]), level)
+    return Interval(value, low, high, n)
+
+
 def mean(values_N: np.ndarray, *, seed: int = 0, times: int = 1000, level: float = 0.95) -> Interval:
     """The mean of rows."""
     values_N = np.asarray(values_N, dtype=np.float64)

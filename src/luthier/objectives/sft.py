@@ -1,16 +1,17 @@
 """Supervised fine-tuning on instructions: the cross-entropy of the response, given everything before it.
 
 Wei et al., 2021, arXiv 2109.01652; Ouyang et al., 2022, arXiv 2203.02155, stage 1. Which tokens are the response is decided where the
-conversation is rendered, from the template itself; the end-of-turn token is always among them.
+conversation is rendered, from the template itself; the end-of-turn token is always among them. An encoder-decoder reads the conversation up to an answer as
+its source and writes the answer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-from ..core import Base, Batch, Loss, Policy, Row, next_token_batch, next_token_loss
+from ..core import Base, Batch, Incompatible, Loss, Policy, Renders, Row, next_token_batch, next_token_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,10 +21,18 @@ class Objective:
     terms: ClassVar[Mapping[str, float]] = {"tokens": 1.0}
     needs: ClassVar[frozenset[str]] = frozenset()
     couples: ClassVar[bool] = False
-    renders: ClassVar[Literal["text", "chat"]] = "chat"
+    renders: ClassVar[Renders] = "chat"
+
+    def serves(self, kind: str) -> None:
+        """Raise Incompatible for a kind of model that cannot write."""
+        if kind == "encoder":
+            raise Incompatible(
+                "objective sft: an encoder reads text and writes none; use objective: classify for labels, or masked_text to learn the text itself"
+            )
 
     def heads(self, base: Base) -> dict:
-        """No head of its own."""
+        """No head of its own: the model's. Raises Incompatible for an encoder."""
+        self.serves(base.anatomy.kind)
         return {}
 
     def collate(self, rows: Sequence[Row], *, pad: int, packed: bool) -> Batch:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-from ..core import Base, Batch, Loss, Policy, Row, next_token_batch, next_token_loss
+from ..core import Base, Batch, Incompatible, Loss, Policy, Renders, Row, next_token_batch, next_token_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,10 +20,18 @@ class Objective:
     terms: ClassVar[Mapping[str, float]] = {"tokens": 1.0}
     needs: ClassVar[frozenset[str]] = frozenset()
     couples: ClassVar[bool] = False
-    renders: ClassVar[Literal["text", "chat"]] = "text"
+    renders: ClassVar[Renders] = "text"
+
+    def serves(self, kind: str) -> None:
+        """Raise Incompatible for a kind of model that does not read from left to right."""
+        if kind == "encoder":
+            raise Incompatible("objective text: an encoder sees a token's future, so there is no next one to predict; use objective: masked_text")
+        if kind == "encoder_decoder":
+            raise Incompatible("objective text: an encoder-decoder answers a source, and raw text has none; use objective: masked_text (span corruption)")
 
     def heads(self, base: Base) -> dict:
-        """No head of its own."""
+        """No head of its own: the model's. Raises Incompatible for models that are not decoders."""
+        self.serves(base.anatomy.kind)
         return {}
 
     def collate(self, rows: Sequence[Row], *, pad: int, packed: bool) -> Batch:

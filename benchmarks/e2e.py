@@ -1,0 +1,226 @@
+"""``python -m benchmarks.e2e``: every method on the same task, data, base and budget. Resumable: a run that has its file is not run again.
+
+Restaurant data to text (E2E, Novikova et al., 2017) with fiddle: 100 steps of 8,192 tokens, greedy answers to all 630 test inputs, all references,
+sacrebleu. Each method first searches its learning rate (and, where it has a choice, its start) on a third of the steps by held-out loss; the chosen one
+then runs in full, once a seed. Every run is a process of its own, so that its peak memory is its own. Needs LUTHIER_DATA.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+KEPT = ROOT / "benchmarks" / "results" / "e2e"
+STEPS, SEARCH_STEPS, BATCH = 100, 33, 8192
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method with its settings, and what is searched for it."""
+
+    name: str
+    method: dict[str, Any]
+    lrs: tuple[float, ...] = ()  # searched; empty: nothing is trained
+    starts: tuple[dict[str, Any], ...] = ({},)  # other settings searched beside the learning rate
+    seeds: int = 3
+    part: str = "methods"  # or the sweep it belongs to
+    like: str = ""  # take the search of this entry
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def _lora(rank: int, **how: Any) -> dict[str, Any]:
+    return {"kind": "lora", "rank": rank, "alpha": 2.0 * rank, "targets": ["all"]} | how
+
+
+LOW = (1e-3, 3e-3, 1e-2)
+HIGH = (1e-2, 3e-2, 1e-1)
+ENTRIES = [
+    Entry("crafted_prompt", {"kind": "crafted_prompt", "choose_by": "loss"}, seeds=3),
+    Entry("full", {"kind": "full"}, (3e-4, 1e-3, 3e-3)),
+    Entry("lora", _lora(16), LOW),
+    Entry("adapter", {"kind": "adapter", "bottleneck": 64}, LOW),
+    Entry("prefix", {"kind": "prefix", "length": 20}, HIGH),
+    Entry("prompt", {"kind": "prompt", "length": 20}, HIGH, ({"init": "vocabulary"}, {"init": "text"})),
+    Entry("dora", {"kind": "dora", "rank": 16, "alpha": 32.0, "targets": ["all"]}, LOW, seeds=1),
+    Entry("ia3", {"kind": "ia3"}, (1e-2, 3e-2, 1e-1), seeds=1),
+    Entry("p_tuning", {"kind": "p_tuning", "length": 20}, (1e-3, 3e-3, 1e-2), seeds=1),
+    Entry("p_tuning_v2", {"kind": "p_tuning_v2", "length": 20}, HIGH, seeds=1),
+    Entry("partial: last 2 blocks", {"kind": "partial", "last_blocks": 2}, (1e-3, 3e-3), seeds=1),
+    Entry("diff_pruning", {"kind": "diff_pruning"}, (1e-3, 3e-3), seeds=1),
+    Entry("adapter: pfeiffer", {"kind": "adapter", "bottleneck": 64, "placement": "pfeiffer"}, seeds=1, like="adapter"),
+    Entry("adapter: block", {"kind": "adapter", "bottleneck": 64, "placement": "block"}, seeds=1, like="adapter"),
+    Entry("adapter: parallel", {"kind": "adapter", "bottleneck": 64, "placement": "parallel"}, seeds=1, like="adapter"),
+    *[Entry(f"lora rank {r}", _lora(r), seeds=1, like="lora", part="rank") for r in (1, 4, 8, 64)],
+    *[Entry(f"adapter width {w}", {"kind": "adapter", "bottleneck": w}, seeds=1, like="adapter", part="bottleneck") for w in (8, 64)],
+    *[Entry(f"prefix length {p}", {"kind": "prefix", "length": p}, seeds=1, like="prefix", part="prefix") for p in (1, 5, 20, 100)],
+]
+
+
+# --- one run, in a process of its own -------------------------------------------------------------------------------
+
+
+def one(task: dict[str, Any]) -> dict[str, Any]:
+    """Train as told, reload what was saved, answer the test inputs: the numbers of a row."""
+    from luthier import opening
+    from luthier.data.prepare import prepare
+    from luthier.evaluate import score
+    from luthier.measure import answer_rows, task_rows
+    from luthier.plugins import plugin
+    from luthier.progress import Reporter
+    from luthier.run import Checkpoint, Data, Evaluate, Optim, Run
+    from luthier.session import execute
+
+    e2e = Path(os.environ["LUTHIER_DATA"]) / "data" / "e2e"
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(
+            data=Data(train=(str(e2e / "train.jsonl"),), validation=(str(e2e / "dev.jsonl"),), validation_rows=400),
+            method=task["method"],
+            optim=Optim(steps=task["steps"], batch_tokens=BATCH, lr=task["lr"]),
+            evaluate=Evaluate(every_steps=task["steps"], samples=0),
+            checkpoint=Checkpoint(every_steps=task["steps"], keep=1),
+            seed=task["seed"],
+            out=folder,
+        )
+        began = time.perf_counter()
+        result = execute(run, reporter=Reporter(quiet=True))
+        took = time.perf_counter() - began
+        lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+        steps = [line["seconds"] for line in lines if line["event"] == "train"][1:]
+        assert result.after.loss is not None and result.after.general is not None and result.before.general is not None
+        out: dict[str, Any] = {
+            **task,
+            "trained": result.trained,
+            "whole": result.total,
+            "tokens": result.tokens,
+            "loss": result.after.loss.value,
+            "general": result.after.general.value,
+            "general_before": result.before.general.value,
+            "step": statistics.median(steps) if steps else None,
+            "peak": result.peak_bytes,
+            "file": sum(f.stat().st_size for f in result.artefact.glob("*.safetensors") if f.name != "delta.safetensors" or not _other(result.artefact)),
+            "seconds": round(took, 1),
+        }
+        if task["test"]:
+            policy = opening.load(result.artefact)
+            prepared = prepare(
+                [str(e2e / "test_multiref.jsonl")],
+                policy.base.tokenizer,
+                renders="chat",
+                template=None,
+                max_tokens=policy.limit,
+                on_bad_row="stop",
+                validation=[str(e2e / "test_multiref.jsonl")],
+                validation_rows=10**9,
+                say=lambda _: None,
+            )
+            rows = task_rows(prepared.validation_records)
+            answers = [a["answer"] for a in answer_rows(policy, rows, template=None, max_new=80)]
+            out["bleu"] = vars(score(lambda _: answers, plugin("tasks", "bleu")(), rows, seed=0)["bleu"])
+        return out
+
+
+def _other(folder: Path) -> bool:
+    return any(f.name != "delta.safetensors" for f in folder.glob("*.safetensors"))
+
+
+def run(task: dict[str, Any], label: str) -> dict[str, Any]:
+    """The numbers of a task: from its file, or from a run that then writes it."""
+    name = "-".join(str(task[k]) for k in ("name", "seed", "lr", "steps")) + "".join(f"-{v}" for v in task["start"].values())
+    file = KEPT / (name.replace(": ", "-").replace(" ", "-") + ".json")
+    if file.is_file():
+        return json.loads(file.read_text())
+    began = time.perf_counter()
+    print(f"{label} ...", end="", flush=True)
+    done = subprocess.run([sys.executable, "-m", "benchmarks.e2e", "--one", json.dumps(task)], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f" failed\n{done.stderr[-3000:]}")
+    numbers = json.loads(done.stdout.splitlines()[-1])
+    numbers |= {"date": time.strftime("%Y-%m-%d"), "commit": _commit()}
+    KEPT.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(numbers, indent=1) + "\n")
+    bleu = f", BLEU {numbers['bleu']['value']:.1f}" if "bleu" in numbers else ""
+    print(f" loss {numbers['loss']:.3f}{bleu} ({time.perf_counter() - began:.0f} s)", flush=True)
+    return numbers
+
+
+def _commit() -> str:
+    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
+# --- search, then seeds ---------------------------------------------------------------------------------------------
+
+
+def settings(entry: Entry) -> tuple[float | None, dict[str, Any]]:
+    """(learning rate, start) with the lowest held-out loss on a third of the steps; one more rate beyond an end that won."""
+    if entry.like:
+        return settings(next(e for e in ENTRIES if e.name == entry.like))
+    if not entry.lrs:
+        return None, {}
+    found: dict[tuple[float, int], float] = {}
+
+    def attempt(lr: float, i: int) -> None:
+        task = {
+            "name": entry.name,
+            "method": entry.method | entry.starts[i],
+            "start": entry.starts[i],
+            "lr": lr,
+            "seed": 0,
+            "steps": SEARCH_STEPS,
+            "test": False,
+        }
+        found[lr, i] = run(task, f"search {entry.name}, learning rate {lr:g} {entry.starts[i] or ''}")["loss"]
+
+    for i in range(len(entry.starts)):
+        for lr in entry.lrs:
+            attempt(lr, i)
+    lr, i = min(found, key=lambda k: found[k])
+    for end, step in ((min(entry.lrs), 1 / 3), (max(entry.lrs), 3)):
+        if lr == end:
+            attempt(float(f"{lr * step:.0e}"), i)
+    lr, i = min(found, key=lambda k: found[k])
+    return lr, entry.starts[i]
+
+
+def rows(entry: Entry, seeds: int) -> list[dict[str, Any]]:
+    """One row a seed."""
+    lr, start = settings(entry)
+    task = {"name": entry.name, "method": entry.method | start, "start": start, "lr": lr, "steps": STEPS, "test": True}
+    return [run(task | {"seed": s}, f"{entry.name}, seed {s}") for s in range(seeds)]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run what is missing, then write the table and the plots."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.e2e", description=__doc__)
+    parser.add_argument("--only", metavar="TEXT", help="entries whose name contains this")
+    parser.add_argument("--seeds", type=int, help="at most so many seeds an entry")
+    parser.add_argument("--write", action="store_true", help="only write the table and the plots from the runs there are")
+    parser.add_argument("--one", metavar="JSON", help=argparse.SUPPRESS)
+    a = parser.parse_args(argv)
+    if a.one:
+        print(json.dumps(one(json.loads(a.one))))
+        return 0
+    if not a.write:
+        if "LUTHIER_DATA" not in os.environ:
+            parser.error("LUTHIER_DATA does not name the folder of real data (with data/e2e in it)")
+        for first in (True, False):  # one seed of everything before the others
+            for entry in ENTRIES:
+                if (a.only or "") in entry.name:
+                    rows(entry, 1 if first else min(entry.seeds, a.seeds or entry.seeds))
+    from . import e2e_report
+
+    e2e_report.write(KEPT, ENTRIES)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""Labels for texts: one of several, any of several, or a number, read by a small head from one vector of each example.
+
+An encoder's vector is its first token's, and the head is a dense layer with tanh and a linear one, as BERT (Devlin et al., 2018, arXiv 1810.04805,
+sections 3.2 and 4.1) and RoBERTa have it. A decoder's is its last token's, and the head is one linear layer without bias (Radford et al., 2018,
+section 3.2, and the sequence classifiers of transformers). An encoder-decoder's is that of the first token its decoder would answer with (as in Ni et al.,
+2021, arXiv 2108.08877, section 3, "encoder-decoder first").
+Losses, summed over examples: cross-entropy (single), the mean over labels of the binary cross-entropies (multiple), squared error (regression).
+
+How we differ:
+1. Heads are computed in float32 whatever the base is stored in, and all their layers are new: BERT's pretrained pooler is not used.
+2. An encoder-decoder's decoder sees only its start token; transformers' BART and T5 classifiers feed it the whole text again and read its last token.
+3. No dropout before the head unless ``dropout`` asks for it (BERT: 0.1), so that a step does not depend on how it is cut into micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+
+from ..core import IGNORE, Base, Batch, Loss, LuthierError, Policy, Renders, Row, lay_out, source_of
+from ..plugins import Range, within_ranges
+
+HEAD = "label"  # the head's name in a policy
+Problem = Literal["auto", "single", "multiple", "regression"]
+
+
+class Head(nn.Module):
+    """(S, D) vectors to (S, K) fp32 scores."""
+
+    def __init__(self, width: int, outputs: int, *, deep: bool, dropout: float, std: float):
+        super().__init__()
+        self.dense = nn.Linear(width, width) if deep else None
+        self.dropout = nn.Dropout(dropout)
+        self.out = nn.Linear(width, outputs, bias=deep)
+        for linear in (self.dense, self.out):
+            if linear is not None:
+                nn.init.normal_(linear.weight, std=std)
+                if linear.bias is not None:
+                    nn.init.zeros_(linear.bias)
+
+    def forward(self, pooled_SD: Tensor) -> Tensor:
+        """Scores; logits, or the number itself."""
+        x_SD = pooled_SD.float()
+        if self.dense is not None:
+            x_SD = torch.tanh(self.dense(self.dropout(x_SD)))
+        return self.out(self.dropout(x_SD))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """Classification and regression of one text or two."""
+
+    terms: ClassVar[Mapping[str, float]] = {"examples": 1.0}
+    needs: ClassVar[frozenset[str]] = frozenset()
+    couples: ClassVar[bool] = False
+    renders: ClassVar[Renders] = "label"
+
+    problem: Problem = "auto"
+    """single: exactly one label; multiple: any number of labels; regression: a number. auto: told from the data, and printed."""
+    labels: tuple[str, ...] = ()
+    """Names of the labels, in the order of the head's outputs. Default: those of the training data, sorted; a run writes them down."""
+    dropout: Annotated[float, Range(0, 1)] = 0.0
+    """Dropout before the layers of the head."""
+
+    def __post_init__(self) -> None:
+        within_ranges(self)
+        if len(set(self.labels)) < len(self.labels):
+            twice = next(name for name in self.labels if self.labels.count(name) > 1)
+            raise LuthierError(f"labels: {twice!r} is there twice; each label has one name")
+        if len(self.labels) == 1 and self.problem != "multiple":
+            raise LuthierError(f"labels: there is only {self.labels[0]!r}; at least two are needed to tell apart")
+
+    def serves(self, kind: str) -> None:
+        """Every kind of model."""
+
+    def fitted(self, facts: Mapping[str, Any]) -> Objective:
+        """With the problem and the labels that reading the data found (``Prepared.facts``)."""
+        return replace(self, problem=facts["problem"], labels=tuple(facts["labels"]))
+
+    @property
+    def outputs(self) -> int:
+        """How many numbers the head gives. Raises LuthierError while the labels are not known."""
+        if self.problem == "auto" or (self.problem != "regression" and not self.labels):
+            raise LuthierError("objective classify: its labels are not known yet; read the data first, or set objective.problem and objective.labels")
+        return 1 if self.problem == "regression" else len(self.labels)
+
+    def heads(self, base: Base) -> dict[str, nn.Module]:
+        """The head, new and small-random, in fp32 on the base's device. Raises LuthierError while the labels are not known."""
+        std = getattr(base.model.config.get_text_config(), "initializer_range", None) or 0.02  # type: ignore[operator, union-attr]
+        with torch.device(next(base.model.parameters()).device):
+            return {HEAD: Head(base.width, self.outputs, deep=base.anatomy.kind != "decoder", dropout=self.dropout, std=std)}
+
+    def collate(self, rows: Sequence[Row], *, pad: int, packed: bool) -> Batch:
+        """Texts and their labels. ``extras``: "label" is a number of a class (-1: none), a 0/1 list, or a float; a row without a label is only predicted."""
+        ids_BT, _, segments = lay_out(rows, pad, packed)
+        inputs: dict[str, Tensor] = {}
+        for name in dict.fromkeys(k for r in rows for k in r.extras.get("inputs", ())):
+            inputs[name] = torch.zeros_like(ids_BT)
+            for r, b, t in zip(rows, segments.row.tolist(), segments.start.tolist(), strict=True):
+                if name in r.extras.get("inputs", ()):
+                    inputs[name][b, t : t + len(r)] = torch.from_numpy(r.extras["inputs"][name].astype(np.int64))
+        counted = [r.extras.get("label") is not None and bool(r.train.any()) for r in rows]  # an untrained row stands for a rank without rows
+        extras = {"counted": torch.tensor(counted)}
+        if any(counted):
+            like = next(r.extras["label"] for r, c in zip(rows, counted, strict=True) if c)
+            empty = IGNORE if isinstance(like, int) else [0.0] * len(like) if isinstance(like, list | tuple) else 0.0
+            extras["label"] = torch.tensor([r.extras["label"] if c else empty for r, c in zip(rows, counted, strict=True)])
+        where = tuple(r.where for r in rows)
+        units = {"examples": sum(counted)}
+        return Batch(ids=ids_BT, segments=segments, inputs=inputs, source=source_of(rows, pad), extras=extras, units=units, where=where)
+
+    def loss(self, policy: Policy, batch: Batch) -> Loss:
+        """Sum over the labelled examples; how many were right."""
+        scores_SK = self.scores(policy, batch)
+        counted_S = batch.extras["counted"]
+        if "label" not in batch.extras:
+            return Loss({"examples": scores_SK.sum() * 0.0})
+        label, n = batch.extras["label"], counted_S.sum()
+        if self.problem == "single":
+            right_S = (scores_SK.argmax(-1) == label) & counted_S
+            loss = cross_entropy(scores_SK, label, ignore_index=IGNORE, reduction="sum")
+            return Loss({"examples": loss}, {"accuracy": (right_S.sum(), n)})
+        if self.problem == "multiple":
+            label_SK = label.float()
+            loss_S = binary_cross_entropy_with_logits(scores_SK, label_SK, reduction="none").mean(-1)
+            right_S = ((scores_SK > 0) == (label_SK > 0.5)).all(-1) & counted_S
+            return Loss({"examples": (loss_S * counted_S).sum()}, {"accuracy": (right_S.sum(), n)})
+        error_S = (scores_SK.squeeze(-1) - label.float()) * counted_S
+        return Loss({"examples": error_S.square().sum()}, {"absolute_error": (error_S.abs().sum(), n)})
+
+    def scores(self, policy: Policy, batch: Batch) -> Tensor:
+        """(S, K) fp32: what the head says of each example. Raises LuthierError for a policy without this head."""
+        if HEAD not in policy.heads:
+            raise LuthierError("this model has no classification head: a base alone cannot classify; open a run or an adapter that was trained with classify")
+        return policy.heads[HEAD](policy.base.anatomy.pool(policy.hidden(batch), batch.segments))
+
+    @torch.no_grad()
+    def predict(self, policy: Policy, batch: Batch) -> list[dict[str, Any]]:
+        """For each example its label and how likely it is.
+
+        single: {"label", "probability", "probabilities": {name: p}}; multiple: "label" is the list of names above one half and "probability" that of
+        this very set; regression: {"label": number}.
+        """
+        scores_SK = self.scores(policy, batch)
+        if self.problem == "regression":
+            return [{"label": x} for x in scores_SK.squeeze(-1).tolist()]
+        out: list[dict[str, Any]] = []
+        if self.problem == "single":
+            for p_K in scores_SK.softmax(-1).tolist():
+                best = int(np.argmax(p_K))
+                out.append({"label": self.labels[best], "probability": p_K[best], "probabilities": dict(zip(self.labels, p_K, strict=True))})
+            return out
+        for p_K in scores_SK.sigmoid().tolist():
+            chosen = [name for name, p in zip(self.labels, p_K, strict=True) if p > 0.5]
+            sure = float(np.prod([max(p, 1 - p) for p in p_K]))
+            out.append({"label": chosen, "probability": sure, "probabilities": dict(zip(self.labels, p_K, strict=True))})
+        return out
