@@ -61,6 +61,7 @@ LAW: dict[str, set[str]] = {
     "merging": {"core", "plugins", "policy", "site", "adapter"},
     "combining": {"core", "adapter", "atomic", "layout", "lowrank"},
     "build": BASICS | {"site", "attention", "policy", "probe", "hub", "run", "plugins", "adapter", "vocabulary"},
+    "checking": BASICS | {"build", "optim", "plugins", "policy", "site", "train"},
     "opening": {"core", "hub", "plugins", "policy", "run", "adapter", "build"},
     "measure": {"core", "data", "evaluate", "objectives", "plugins", "policy", "reading", "run"},
     "crafting": {"core", "measure", "policy"},

@@ -26,7 +26,7 @@ from . import __version__, atomic, layout, lowrank, vocabulary
 from .config import plain, read
 from .core import Base, Delta, LuthierError, Method, Objective
 from .plugins import kind_of, plugin
-from .policy import Policy
+from .policy import Policy, leave_out_unread
 from .site import sites
 
 CONFIG, WEIGHTS, OURS, DELTA = "adapter_config.json", "adapter_model.safetensors", "luthier.json", "delta.safetensors"
@@ -187,6 +187,8 @@ def load(base: Base, folder: Path, *, name: str = "default") -> Policy:
     heads = _restored_heads(base, objective, values, folder)
     delta = method.attach(base, name)
     _attach_tokens(base, delta, name, values)
+    if heads and method.edits == "weights":
+        leave_out_unread(base, delta)
     _fill(delta, values, str(folder))
     policy = Policy(base, delta, method=method, name=name, heads=heads)
     policy.objective = objective

@@ -23,11 +23,11 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging as hf_logging
 
 from . import adapter, attention, probe, vocabulary
-from .anatomy import Anatomy, max_positions, trunk
-from .core import Base, Delta, Incompatible, LuthierError, Method, Objective, Place, Precision
+from .anatomy import Anatomy, max_positions
+from .core import Base, Incompatible, LuthierError, Method, Objective, Place, Precision
 from .hub import fingerprint, locate
 from .plugins import kind_of, plugin
-from .policy import Policy
+from .policy import Policy, leave_out_unread
 from .run import Model, Run
 from .site import restoring
 
@@ -156,7 +156,7 @@ def assemble(run: Run, base: Base | None = None, *, name: str = "default") -> tu
     delta = method.attach(base, name)
     vocabulary.attach(base, delta, name)
     if heads and method.edits == "weights":
-        _leave_out_unread(base, delta)
+        leave_out_unread(base, delta)
     policy = Policy(base, delta, method=method, name=name, heads=heads)
     if getattr(method, "from_", None) and base.model.device.type != "meta":
         adapter.start_from(policy, method.from_)  # type: ignore[attr-defined]
@@ -167,18 +167,14 @@ def assemble(run: Run, base: Base | None = None, *, name: str = "default") -> tu
     return policy, objective
 
 
-def _leave_out_unread(base: Base, delta: Delta) -> None:
-    """An objective with a head of its own does not read the language-model head: what only that uses would get no gradient, and is not trained."""
-    unread = {id(p) for p in base.model.parameters()} - {id(p) for p in trunk(base.model).parameters()}
-    for key, p in list(delta.params.items()):
-        if id(p) in unread:
-            p.requires_grad_(False)
-            del delta.params[key]
-
-
 def check(run: Run) -> None:
     """The composition law, and what this version's objectives do not yet serve."""
-    if run.precision.packed and run.method.edits == "weights":
+    if hasattr(run.method, "candidates") and run.objective.renders in ("label", "masked"):
+        raise Incompatible(
+            f"method {kind_of(run.method)} trains nothing, and objective {kind_of(run.objective)} has something to learn first; use it with sft or text, "
+            "or a method that trains"
+        )
+    if run.precision.packed and run.method.edits == "weights" and not getattr(run.method, "reversible", False):  # those refuse by tensor
         raise Incompatible(
             f"method {kind_of(run.method)} trains the base's own weights, and precision {kind_of(run.precision)} packs them into codes; "
             "use a float precision, or a method that edits outputs (lora)"

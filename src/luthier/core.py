@@ -248,7 +248,7 @@ class Delta:
     pack: Callable[[], dict[str, Tensor]] | None = None  # what is saved instead of params and buffers, where that is smaller
     unpack: Callable[[Mapping[str, Tensor]], None] | None = None  # take the saved form: params and buffers get the keys and shapes of these tensors
     pending: Callable[[], bool] | None = None  # what stands is not yet of the form that is saved: no best is kept of it
-    resting: Callable[[], frozenset[str]] | None = None  # params that do not learn any more
+    resting: Callable[[], frozenset[str]] | None = None  # params that do not learn at this step
 
     @property
     def trainable(self) -> int:

@@ -16,7 +16,7 @@ from .core import Base, Batch, Delta, Incompatible, LuthierError, Method, Object
 from .decoding import DecoderSteps, Seq2SeqSteps
 from .nn.logprob import chunks, linear_logp, shape_logits
 from .prompts import Longer, make_room, put_in
-from .site import Frame, members, sites, using
+from .site import Frame, clean_name, members, sites, using
 
 
 class Policy(nn.Module):
@@ -227,6 +227,18 @@ class Policy(nn.Module):
         self.use(None)  # what is written to is the base's own weight, whatever stands in for it
         self.delta.fold()
         del self.deltas[self.name]
+
+
+def leave_out_unread(base: Base, delta: Delta) -> None:
+    """For an objective with a head of its own, which does not read the language-model head: what only that uses would get no gradient, so it is not trained."""
+    read = {id(p) for p in trunk(base.model).parameters()}
+    unread = {clean_name(n): p for n, p in base.model.named_parameters() if id(p) not in read}
+    for key, p in list(delta.params.items()):
+        path, _, leaf = key.partition(":")
+        if f"{path}.{leaf.partition('.')[0]}" in unread:
+            if any(p is q for q in unread.values()):
+                p.requires_grad_(False)
+            del delta.params[key]
 
 
 NAME_CHARACTERS = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_")

@@ -75,7 +75,7 @@ def test_every_verb_explains_itself(capsys, name):
         (["run.yaml"], "'run.yaml' is not a verb; did you mean: luthier train run.yaml"),
         (["qqq"], "'qqq' is not a verb; there are demo, train, "),
         (["kinds", "--jsn"], "luthier kinds: no option --jsn; did you mean --json?"),
-        (["kinds", "--zzzzz"], "luthier kinds: no option --zzzzz; there are --json, --schema, --help"),
+        (["kinds", "--zzzzz"], "luthier kinds: no option --zzzzz; there are --json, --schema, --check, --help"),
         (["train", "--lr", "1"], "luthier train: no option --lr; settings are written without dashes: optim.lr=VALUE"),
         (["train", "--method.rank", "1"], "luthier train: no option --method.rank; settings are written without dashes: method.rank=VALUE"),
         (["train", "--learning-rate", "1"], "luthier train: no option --learning-rate; settings are written without dashes: optim.lr=VALUE"),

@@ -87,9 +87,9 @@ def _count(run: object, reporter: object) -> None:
     assert isinstance(run, Run) and isinstance(reporter, Reporter)
     run, _ = build.resolve(run)
     base = build.load(run.model, precision=run.precision, device=torch.device("meta"), weights=False, trains_base=run.method.edits == "weights")
+    reporter.base(base)  # before the delta's own parameters are there
     policy, _ = build.assemble(run, base)
     trained, whole = counts.total(policy)
-    reporter.base(base)
     reporter.head(f"method {kind_of(run.method)}: {trained:,} trained parameters, {trained / whole:.3%} of {whole:,}")
     for c in counts.table(policy):
         reporter.note(f"{c.modules} x {c.module}{f' {c.shape[0]} x {c.shape[1]}' if c.shape else ''}: {counts.sentence(c)}")

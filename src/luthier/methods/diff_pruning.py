@@ -113,6 +113,10 @@ class Difference:
         if self.group_noise is not None:
             logistic_(self.group_noise, generator)
 
+    def shut(self) -> bool:
+        """Whether this step's noise shuts the gate of the whole tensor."""
+        return self.group is not None and self.group_noise is not None and not bool(self.shape.gate(self.group, self.group_noise))
+
     def searched(self, own: Tensor, training: bool) -> Tensor:
         """The weight while gates are learned."""
         noise, group_noise = (self.noise, self.group_noise) if training else (None, None)
@@ -205,9 +209,9 @@ class Differences:
         self.pruned.fill_(True)
 
     def resting(self, gates: Collection[str]) -> frozenset[str]:
-        """What learns no more: once pruned, the gates, and the values of tensors that stay as they are."""
+        """What does not learn now: in the search, values whose tensor's gate is shut; once pruned, gates, and values of tensors that stay as they are."""
         if not self.pruned:
-            return frozenset()
+            return frozenset(f"{k}.value" for k, part in self.parts.items() if part.shut())
         return frozenset(gates) | {f"{k}.value" for k, part in self.parts.items() if not bool(part.mask.any())}
 
     @torch.no_grad()
