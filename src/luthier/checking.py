@@ -128,7 +128,10 @@ class Tried:
         for lr in (3e-3, 3e-2, 3e-1):  # methods learn at very different rates
             fresh = self.attached()
             optimizer = Optimizer(fresh.trained(), lr=lr, patterns=fresh.delta.optim if fresh.delta else None)
-            losses = [s.loss for s in train(fresh, _next_token(), Same(), optimizer, lr=lambda _, lr=lr: lr, steps=10, place=plugin("place", "one")(on="cpu"))]  # type: ignore[misc]
+            feed: Any = Same()
+            place = plugin("place", "one")(on="cpu")
+            steps = train(fresh, _next_token(), feed, optimizer, lr=lambda _, lr=lr: lr, steps=10, place=place)  # type: ignore[misc]
+            losses = [s.loss for s in steps]
             first, best = losses[0], min(best, min(x for x in losses if np.isfinite(x)))
             silent = sorted(set(fresh.trained()) - optimizer.seen)
             if silent:
