@@ -33,7 +33,7 @@ LAW: dict[str, set[str]] = {
     "site": {"core"},
     "standin": BASICS | {"site"},
     "attention": BASICS | {"site"},
-    "prompts": {"core"},
+    "prompts": {"core", "plugins"},
     "layout": {"core", "anatomy", "site"},
     "outputs": {"core", "site"},
     "lowrank": {"core", "layout"},

@@ -31,11 +31,11 @@ def folder(path: Path) -> Iterator[Path]:
         temporary.rename(path)
         _sync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
-    except OSError as e:
+    except BaseException as e:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise LuthierError(f"{path}: cannot be written: {e.strerror or e}; free space or choose another folder (out=FOLDER)") from e
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(e, OSError) or "(os error " in str(e):  # safetensors wraps the system's error in one of its own
+            said = e.strerror if isinstance(e, OSError) and e.strerror else str(e).rpartition("I/O error: ")[2]
+            raise LuthierError(f"{path}: cannot be written: {said}; free space or choose another folder (out=FOLDER)") from e
         raise
 
 
@@ -47,7 +47,8 @@ def text(path: Path, content: str) -> None:
         _sync(temporary)
         temporary.rename(path)
     except OSError as e:
-        raise LuthierError(f"{path}: cannot be written: {e.strerror or e}") from e
+        temporary.unlink(missing_ok=True)
+        raise LuthierError(f"{path}: cannot be written: {e.strerror or e}; free space or choose another folder (out=FOLDER)") from e
 
 
 def as_json(path: Path, content: Any) -> None:

@@ -7,11 +7,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from .core import PACKED_MULTIPLE, PADDED_MULTIPLE, Base, Incompatible, Segments, Stream, round_up
+from .plugins import Range, within_ranges
+
+
+@dataclass(frozen=True, kw_only=True)
+class Virtual:
+    """What the methods with virtual tokens have in common."""
+
+    edits: ClassVar[Literal["sequence"]] = "sequence"
+
+    length: Annotated[int, Range(1)] = 20
+    """Virtual tokens before every example, or in every layer; they count against the model's positions."""
+    from_: str | None = None
+    """Start from the delta saved in this adapter's or run's folder, instead of from new values."""
+
+    def __post_init__(self) -> None:
+        within_ranges(self)
+
+    @property
+    def shift(self) -> int:
+        """Positions the text moves."""
+        return self.length
 
 
 @dataclass(frozen=True)

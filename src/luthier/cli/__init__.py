@@ -169,7 +169,12 @@ def _explain(e: Exception) -> str | None:
     if isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError":
         return "out of memory; lower optim.micro_tokens or data.max_tokens (results stay the same with the first), or set recompute=blocks"
     if isinstance(e, OSError) and e.strerror is not None and (e.filename is not None or e.errno in _DISK):
-        return f"{e.filename}: {e.strerror.lower()}" if e.filename is not None else e.strerror.lower()
+        where = "a file of the run" if e.filename is None else e.filename
+        return (
+            f"{where}: cannot be written: {e.strerror.lower()}; free space; a run goes on with --resume FOLDER"
+            if e.errno in _DISK
+            else f"{where}: {e.strerror.lower()}"
+        )
     return None
 
 

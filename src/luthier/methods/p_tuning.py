@@ -17,19 +17,16 @@ from torch import Tensor
 from ..core import Base, Delta
 from ..layout import virtual
 from ..nn.prompts import Encoded
-from ..plugins import Range, within_ranges
-from ..prompts import leave_room
+from ..plugins import Range
+from ..prompts import Virtual, leave_room
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method:
+class Method(Virtual):
     """A soft prompt made by an encoder."""
 
-    edits: ClassVar[Literal["sequence"]] = "sequence"
     lr_factor: ClassVar[float] = 3.0
 
-    length: Annotated[int, Range(1)] = 20
-    """Virtual tokens put before every example; they count against the model's positions."""
     encoder: Literal["mlp", "lstm"] = "mlp"
     """What makes the prompt from the trained vectors."""
     hidden: Annotated[int | None, Range(1)] = None
@@ -38,16 +35,6 @@ class Method:
     """Layers of the LSTM; the MLP always has three linears."""
     dropout: Annotated[float, Range(0, 0.99)] = 0.0
     """Dropout between the LSTM's layers."""
-    from_: str | None = None
-    """Start from the delta saved in this adapter's or run's folder, instead of from noise."""
-
-    def __post_init__(self) -> None:
-        within_ranges(self)
-
-    @property
-    def shift(self) -> int:
-        """Positions the text moves."""
-        return self.length
 
     def attach(self, base: Base, name: str) -> Delta:
         """Make the encoder. Raises Incompatible where the prompt leaves the model no room."""

@@ -11,38 +11,26 @@ How it differs from the paper:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 from torch import Tensor
 
 from ..core import Base, Delta
 from ..deep import attach_prefix, read_prefix
-from ..plugins import Range, within_ranges
+from ..plugins import Range
+from ..prompts import Virtual
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method:
+class Method(Virtual):
     """Deep prompts."""
 
-    edits: ClassVar[Literal["sequence"]] = "sequence"
     lr_factor: ClassVar[float] = 20.0
 
-    length: Annotated[int, Range(1)] = 20
-    """Virtual tokens in every layer; they count against the model's positions. Simple tasks want few, hard ones about 100 (section 3.3)."""
     hidden: Annotated[int | None, Range(1)] = None
     """Width of the MLP that makes the prompts during training. Default: none."""
     dropout: Annotated[float, Range(0, 0.99)] = 0.0
     """Dropout on the prompts' keys and values."""
-    from_: str | None = None
-    """Start from the delta saved in this adapter's or run's folder, instead of from noise."""
-
-    def __post_init__(self) -> None:
-        within_ranges(self)
-
-    @property
-    def shift(self) -> int:
-        """Positions the text moves."""
-        return self.length
 
     def attach(self, base: Base, name: str) -> Delta:
         """Make the prompts. Raises Incompatible where they leave no room, or the model's attention is its own."""

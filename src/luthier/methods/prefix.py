@@ -19,34 +19,22 @@ from torch import Tensor
 
 from ..core import Base, Delta
 from ..deep import attach_prefix, read_prefix
-from ..plugins import Range, within_ranges
+from ..plugins import Range
+from ..prompts import Virtual
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method:
+class Method(Virtual):
     """A prefix in every attention."""
 
-    edits: ClassVar[Literal["sequence"]] = "sequence"
     lr_factor: ClassVar[float] = 10.0
 
-    length: Annotated[int, Range(1)] = 20
-    """Virtual tokens every example sees in every layer; they count against the model's positions."""
     hidden: Annotated[int | None, Range(1)] = None
     """Width of the MLP that makes the prefix during training (512 or 800 in the paper). Default: none, trained directly."""
     init: Literal["text", "random"] = "text"
     """text: the keys and values of init_text (of sampled tokens, where the model has no tokenizer). random: small noise."""
     init_text: str = "Answer the request below clearly and correctly."
     """The text of init=text, repeated to the length."""
-    from_: str | None = None
-    """Start from the delta saved in this adapter's or run's folder, instead of from init."""
-
-    def __post_init__(self) -> None:
-        within_ranges(self)
-
-    @property
-    def shift(self) -> int:
-        """Positions the text moves."""
-        return self.length
 
     def attach(self, base: Base, name: str) -> Delta:
         """Make the prefix. Raises Incompatible where it leaves no room, or the model's attention is its own."""

@@ -11,7 +11,7 @@ How it differs from the paper:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -19,33 +19,19 @@ from torch import Tensor
 from ..core import Base, Delta
 from ..layout import virtual
 from ..nn.prompts import Table
-from ..plugins import Range, within_ranges
-from ..prompts import leave_room, starting_ids
+from ..prompts import Virtual, leave_room, starting_ids
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method:
+class Method(Virtual):
     """A soft prompt."""
 
-    edits: ClassVar[Literal["sequence"]] = "sequence"
     lr_factor: ClassVar[float] = 30.0
 
-    length: Annotated[int, Range(1)] = 20
-    """Virtual tokens put before every example; they count against the model's positions."""
     init: Literal["vocabulary", "text", "random"] = "vocabulary"
     """vocabulary: embeddings of sampled tokens. text: embeddings of the tokens of init_text, repeated to the length. random: small noise."""
     init_text: str = "Answer the request below clearly and correctly."
     """The text of init=text."""
-    from_: str | None = None
-    """Start from the delta saved in this adapter's or run's folder, instead of from init."""
-
-    def __post_init__(self) -> None:
-        within_ranges(self)
-
-    @property
-    def shift(self) -> int:
-        """Positions the text moves."""
-        return self.length
 
     def attach(self, base: Base, name: str) -> Delta:
         """Make the prompt. Raises Incompatible where it leaves the model no room."""
