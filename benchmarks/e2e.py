@@ -3,6 +3,9 @@
 Restaurant data to text (E2E, Novikova et al., 2017) with fiddle: 100 steps of 8,192 tokens, greedy answers to all 630 test inputs, all references,
 sacrebleu. Each method first searches its learning rate (and, where it has a choice, its start) on a third of the steps by held-out loss; the chosen one
 then runs in full, once a seed. Every run is a process of its own, so that its peak memory is its own. Needs LUTHIER_DATA.
+
+``--jobs N`` runs N entries side by side, each with its share of the cores; seconds a step are therefore not read from these runs but measured at the
+end, one entry at a time with all cores (``--time`` does only that: wait until the machine is idle).
 """
 
 from __future__ import annotations
@@ -14,14 +17,18 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "benchmarks" / "results" / "e2e"
-STEPS, SEARCH_STEPS, BATCH = 100, 33, 8192
+STEPS, SEARCH_STEPS, TIMED_STEPS, BATCH = 100, 33, 9, 8192
+LOCKS: defaultdict[Path, threading.Lock] = defaultdict(threading.Lock)
 
 
 @dataclass(frozen=True)
@@ -133,23 +140,29 @@ def _other(folder: Path) -> bool:
     return any(f.name != "delta.safetensors" for f in folder.glob("*.safetensors"))
 
 
-def run(task: dict[str, Any], label: str) -> dict[str, Any]:
+def run(task: dict[str, Any], label: str, threads: int) -> dict[str, Any]:
     """The numbers of a task: from its file, or from a run that then writes it."""
     name = "-".join(str(task[k]) for k in ("name", "seed", "lr", "steps")) + "".join(f"-{v}" for v in task["start"].values())
     file = KEPT / (name.replace(": ", "-").replace(" ", "-") + ".json")
-    if file.is_file():
-        return json.loads(file.read_text())
-    began = time.perf_counter()
-    print(f"{label} ...", end="", flush=True)
-    done = subprocess.run([sys.executable, "-m", "benchmarks.e2e", "--one", json.dumps(task)], cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f" failed\n{done.stderr[-3000:]}")
-    numbers = json.loads(done.stdout.splitlines()[-1])
-    numbers |= {"date": time.strftime("%Y-%m-%d"), "commit": _commit()}
-    KEPT.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(numbers, indent=1) + "\n")
+    with LOCKS[file]:  # entries that share a search wait for it
+        if file.is_file():
+            return json.loads(file.read_text())
+        began = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.e2e", "--one", json.dumps(task)],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            raise SystemExit(f"{label}: failed\n{done.stderr[-3000:]}")
+        numbers = json.loads(done.stdout.splitlines()[-1])
+        numbers |= {"threads": threads, "date": time.strftime("%Y-%m-%d"), "commit": _commit()}
+        KEPT.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(numbers, indent=1) + "\n")
     bleu = f", BLEU {numbers['bleu']['value']:.1f}" if "bleu" in numbers else ""
-    print(f" loss {numbers['loss']:.3f}{bleu} ({time.perf_counter() - began:.0f} s)", flush=True)
+    print(f"{time.strftime('%H:%M')} {label}: loss {numbers['loss']:.3f}{bleu} ({time.perf_counter() - began:.0f} s)", flush=True)
     return numbers
 
 
@@ -160,10 +173,10 @@ def _commit() -> str:
 # --- search, then seeds ---------------------------------------------------------------------------------------------
 
 
-def settings(entry: Entry) -> tuple[float | None, dict[str, Any]]:
+def settings(entry: Entry, threads: int) -> tuple[float | None, dict[str, Any]]:
     """(learning rate, start) with the lowest held-out loss on a third of the steps; one more rate beyond an end that won."""
     if entry.like:
-        return settings(next(e for e in ENTRIES if e.name == entry.like))
+        return settings(next(e for e in ENTRIES if e.name == entry.like), threads)
     if not entry.lrs:
         return None, {}
     found: dict[tuple[float, int], float] = {}
@@ -178,7 +191,7 @@ def settings(entry: Entry) -> tuple[float | None, dict[str, Any]]:
             "steps": SEARCH_STEPS,
             "test": False,
         }
-        found[lr, i] = run(task, f"search {entry.name}, learning rate {lr:g} {entry.starts[i] or ''}")["loss"]
+        found[lr, i] = run(task, f"search {entry.name}, learning rate {lr:g} {entry.starts[i] or ''}", threads)["loss"]
 
     for i in range(len(entry.starts)):
         for lr in entry.lrs:
@@ -191,11 +204,20 @@ def settings(entry: Entry) -> tuple[float | None, dict[str, Any]]:
     return lr, entry.starts[i]
 
 
-def rows(entry: Entry, seeds: int) -> list[dict[str, Any]]:
+def rows(entry: Entry, seeds: int, threads: int) -> None:
     """One row a seed."""
-    lr, start = settings(entry)
+    lr, start = settings(entry, threads)
     task = {"name": entry.name, "method": entry.method | start, "start": start, "lr": lr, "steps": STEPS, "test": True}
-    return [run(task | {"seed": s}, f"{entry.name}, seed {s}") for s in range(seeds)]
+    for s in range(seeds):
+        run(task | {"seed": s}, f"{entry.name}, seed {s}", threads)
+
+
+def clock(entry: Entry, cores: int) -> None:
+    """Seconds a step with all cores and nothing else running."""
+    lr, start = settings(entry, cores)
+    if lr is not None:
+        task = {"name": entry.name, "method": entry.method | start, "start": start, "lr": lr, "steps": TIMED_STEPS, "test": False}
+        run(task | {"seed": 0}, f"timing {entry.name}", cores)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -203,6 +225,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.e2e", description=__doc__)
     parser.add_argument("--only", metavar="TEXT", help="entries whose name contains this")
     parser.add_argument("--seeds", type=int, help="at most so many seeds an entry")
+    parser.add_argument("--jobs", type=int, default=1, help="entries side by side, each with its share of the cores (default 1)")
+    parser.add_argument("--time", action="store_true", help="only measure seconds a step, of the entries that have runs")
     parser.add_argument("--write", action="store_true", help="only write the table and the plots from the runs there are")
     parser.add_argument("--one", metavar="JSON", help=argparse.SUPPRESS)
     a = parser.parse_args(argv)
@@ -212,13 +236,18 @@ def main(argv: list[str] | None = None) -> int:
     if not a.write:
         if "LUTHIER_DATA" not in os.environ:
             parser.error("LUTHIER_DATA does not name the folder of real data (with data/e2e in it)")
-        for first in (True, False):  # one seed of everything before the others
-            for entry in ENTRIES:
-                if (a.only or "") in entry.name:
-                    rows(entry, 1 if first else min(entry.seeds, a.seeds or entry.seeds))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        chosen = [e for e in ENTRIES if (a.only or "") in e.name]
+        for first in () if a.time else (True, False):  # one seed of everything before the others
+            with ThreadPoolExecutor(a.jobs) as pool:
+                work = [pool.submit(rows, e, 1 if first else min(e.seeds, a.seeds or e.seeds), max(1, cores // a.jobs)) for e in chosen]
+                for done in work:
+                    done.result()
+        for entry in chosen:
+            clock(entry, cores)
     from . import e2e_report
 
-    e2e_report.write(KEPT, ENTRIES)
+    e2e_report.write(KEPT, ENTRIES, TIMED_STEPS)
     return 0
 
 

@@ -13,10 +13,11 @@ BEGIN, END = "<!-- begin: make results -->", "<!-- end: make results -->"
 SWEEPS = {"rank": ("LoRA rank", "lora rank "), "bottleneck": ("bottleneck width", "adapter width "), "prefix": ("prefix length", "prefix length ")}
 
 
-def write(kept: Path, entries: Sequence[Any]) -> None:
+def write(kept: Path, entries: Sequence[Any], timed: int) -> None:
     """docs/results.md between its marks, and docs/images/*.png."""
     found = [json.loads(f.read_text()) for f in sorted(kept.glob("*.json"))]
-    tested: dict[str, list[dict[str, Any]]] = {e.name: [r for r in found if r["name"] == e.name and r["test"]] for e in entries}
+    clocked = {r["name"]: r["step"] for r in found if r["steps"] == timed}  # alone, with all cores
+    tested: dict[str, list[dict[str, Any]]] = {e.name: [r | {"step": clocked.get(e.name)} for r in found if r["name"] == e.name and r["test"]] for e in entries}
     page = DOCS / "results.md"
     text = page.read_text()
     head, tail = text.split(BEGIN)[0], text.split(END)[1]
@@ -54,7 +55,7 @@ def _row(name: str, runs: list[dict[str, Any]]) -> str:
         f"{mean('loss'):.3f}",
         f"{runs[0]['trained']:,} ({runs[0]['trained'] / runs[0]['whole']:.2%})",
         f"{runs[0]['file'] / 1e6:.2f} MB",
-        "-" if runs[0]["step"] is None else f"{mean('step'):.2f}",
+        "-" if runs[0]["step"] is None else f"{runs[0]['step']:.2f}",
         f"{mean('peak') / 1e9:.2f} GB",
         f"{runs[0]['general_before']:.3f} to {mean('general'):.3f}",
     ]
@@ -80,7 +81,7 @@ def plots(tested: dict[str, list[dict[str, Any]]], entries: Sequence[Any]) -> st
         panels = [
             ("test BLEU", [statistics.mean(r["bleu"]["value"] for r in runs) for _, runs in points]),
             ("peak memory, GB", [statistics.mean(r["peak"] for r in runs) / 1e9 for _, runs in points]),
-            ("seconds a step", [statistics.mean(r["step"] for r in runs) for _, runs in points]),
+            ("seconds a step", [runs[0]["step"] or float("nan") for _, runs in points]),
         ]
         for ax, (what, y) in zip(axes, panels, strict=True):
             ax.plot(x, y, marker="o", color="#7a4a21")
@@ -89,7 +90,7 @@ def plots(tested: dict[str, list[dict[str, Any]]], entries: Sequence[Any]) -> st
             ax.minorticks_off()
             ax.set_xlabel(label)
             ax.set_title(what, fontsize=10)
-            ax.set_ylim(0, max(y) * 1.15)
+            ax.set_ylim(0, max([v for v in y if v == v], default=1.0) * 1.15)  # not yet timed: nan
             ax.spines[["top", "right"]].set_visible(False)
         low = [statistics.mean(r["bleu"]["low"] for r in runs) for _, runs in points]
         high = [statistics.mean(r["bleu"]["high"] for r in runs) for _, runs in points]

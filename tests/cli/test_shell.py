@@ -100,7 +100,7 @@ def test_what_the_user_can_put_right_is_one_sentence_and_code_2(capsys, args, se
         (Incompatible("these two"), "these two"),
         (FileNotFoundError(2, "No such file or directory", "a.jsonl"), "a.jsonl: no such file or directory"),
         (PermissionError(13, "Permission denied", "runs"), "runs: permission denied"),
-        (OSError(28, "No space left on device"), "no space left on device"),
+        (OSError(28, "No space left on device"), "a file of the run: cannot be written: no space left on device"),
         (MemoryError(), "out of memory; lower optim.micro_tokens"),
     ],
 )
