@@ -27,6 +27,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "benchmarks" / "results" / "e2e"
+MOST_RATES = 7  # of one start
 STEPS, SEARCH_STEPS, TIMED_STEPS, BATCH = 100, 33, 9, 8192
 LOCKS: defaultdict[Path, threading.Lock] = defaultdict(threading.Lock)
 
@@ -42,7 +43,7 @@ class Entry:
     seeds: int = 3
     part: str = "methods"  # or the sweep it belongs to
     like: str = ""  # take the search of this entry
-    extra: dict[str, Any] = field(default_factory=dict)
+    precision: dict[str, Any] = field(default_factory=dict)  # how the base is stored; empty: bfloat16
 
 
 def _lora(rank: int, **how: Any) -> dict[str, Any]:
@@ -69,6 +70,7 @@ ENTRIES = [
     Entry("adapter: parallel", {"kind": "adapter", "bottleneck": 64, "placement": "parallel"}, seeds=1, like="adapter"),
     *[Entry(f"lora rank {r}", _lora(r), seeds=1, like="lora", part="rank") for r in (1, 4, 8, 64)],
     *[Entry(f"adapter width {w}", {"kind": "adapter", "bottleneck": w}, seeds=1, like="adapter", part="bottleneck") for w in (8, 64)],
+    *[Entry(f"lora on {k}", _lora(16), like="lora", part="precision", precision={"kind": k, "resident": "no"}) for k in ("int8", "nf4", "gptq")],
     *[Entry(f"prefix length {p}", {"kind": "prefix", "length": p}, seeds=1, like="prefix", part="prefix") for p in (1, 5, 20, 100)],
 ]
 
@@ -91,7 +93,9 @@ def one(task: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         run = Run(
             data=Data(train=(str(e2e / "train.jsonl"),), validation=(str(e2e / "dev.jsonl"),), validation_rows=400),
+            model=_model(task.get("precision") or {}),
             method=task["method"],
+            precision=task.get("precision") or "bfloat16",
             optim=Optim(steps=task["steps"], batch_tokens=BATCH, lr=task["lr"]),
             evaluate=Evaluate(every_steps=task["steps"], samples=0),
             checkpoint=Checkpoint(every_steps=task["steps"], keep=1),
@@ -107,6 +111,7 @@ def one(task: dict[str, Any]) -> dict[str, Any]:
         out: dict[str, Any] = {
             **task,
             "trained": result.trained,
+            "kept": kept(result.artefact),
             "whole": result.total,
             "tokens": result.tokens,
             "loss": result.after.loss.value,
@@ -119,6 +124,7 @@ def one(task: dict[str, Any]) -> dict[str, Any]:
         }
         if task["test"]:
             policy = opening.load(result.artefact)
+            out["base_bytes"] = base_bytes(policy.lm)
             prepared = prepare(
                 [str(e2e / "test_multiref.jsonl")],
                 policy.base.tokenizer,
@@ -134,6 +140,33 @@ def one(task: dict[str, Any]) -> dict[str, Any]:
             answers = [a["answer"] for a in answer_rows(policy, rows, template=None, max_new=80)]
             out["bleu"] = vars(score(lambda _: answers, plugin("tasks", "bleu")(), rows, seed=0)["bleu"])
         return out
+
+
+def kept(artefact: Path) -> int:
+    """Numbers of a saved delta: fewer than were trained where a network is dropped or differences are pruned."""
+    from safetensors.torch import load_file
+
+    own = [f for f in artefact.glob("*.safetensors") if f.name != "delta.safetensors" or not _other(artefact)]
+    return sum(t.numel() for f in own for t in load_file(f).values() if t.is_floating_point())
+
+
+def base_bytes(lm: Any) -> int:
+    """What a base takes in memory: codes, constants and floats, without what a delta added."""
+    from luthier.anatomy import modules
+
+    parts = [m for _, m in modules(lm)]
+    held = {id(t): t.nbytes for m in parts for t in [*m.parameters(recurse=False), *m.buffers(recurse=False)]}
+    return sum(held.values())
+
+
+def _model(precision: dict[str, Any]) -> str:
+    """The base: for GPTQ a folder of codes, made once from general text that is no part of the task."""
+    if precision.get("kind") != "gptq":
+        return "fiddle"
+    folder = Path(tempfile.gettempdir()) / "luthier-e2e-gptq"
+    if not (folder / "config.json").is_file():
+        subprocess.run([sys.executable, "-m", "luthier", "quantize", "fiddle", "--output", str(folder)], check=True, stdout=subprocess.DEVNULL)
+    return str(folder)
 
 
 def _other(folder: Path) -> bool:
@@ -174,7 +207,7 @@ def _commit() -> str:
 
 
 def settings(entry: Entry, threads: int) -> tuple[float | None, dict[str, Any]]:
-    """(learning rate, start) with the lowest held-out loss on a third of the steps; one more rate beyond an end that won."""
+    """(learning rate, start) with the lowest held-out loss on a third of the steps; more rates beyond an end that won."""
     if entry.like:
         return settings(next(e for e in ENTRIES if e.name == entry.like), threads)
     if not entry.lrs:
@@ -185,6 +218,7 @@ def settings(entry: Entry, threads: int) -> tuple[float | None, dict[str, Any]]:
         task = {
             "name": entry.name,
             "method": entry.method | entry.starts[i],
+            "precision": entry.precision,
             "start": entry.starts[i],
             "lr": lr,
             "seed": 0,
@@ -196,18 +230,19 @@ def settings(entry: Entry, threads: int) -> tuple[float | None, dict[str, Any]]:
     for i in range(len(entry.starts)):
         for lr in entry.lrs:
             attempt(lr, i)
-    lr, i = min(found, key=lambda k: found[k])
-    for end, step in ((min(entry.lrs), 1 / 3), (max(entry.lrs), 3)):
-        if lr == end:
-            attempt(float(f"{lr * step:.0e}"), i)
-    lr, i = min(found, key=lambda k: found[k])
-    return lr, entry.starts[i]
+    while True:  # until a rate between two others is the best
+        lr, i = min(found, key=lambda k: found[k])
+        tried = [rate for rate, start in found if start == i]
+        beyond = lr / 3 if lr == min(tried) else lr * 3 if lr == max(tried) else None
+        if beyond is None or len(tried) >= MOST_RATES:
+            return lr, entry.starts[i]
+        attempt(float(f"{beyond:.0e}"), i)
 
 
 def rows(entry: Entry, seeds: int, threads: int) -> None:
     """One row a seed."""
     lr, start = settings(entry, threads)
-    task = {"name": entry.name, "method": entry.method | start, "start": start, "lr": lr, "steps": STEPS, "test": True}
+    task = {"name": entry.name, "method": entry.method | start, "precision": entry.precision, "start": start, "lr": lr, "steps": STEPS, "test": True}
     for s in range(seeds):
         run(task | {"seed": s}, f"{entry.name}, seed {s}", threads)
 
@@ -216,8 +251,8 @@ def clock(entry: Entry, cores: int) -> None:
     """Seconds a step with all cores and nothing else running."""
     lr, start = settings(entry, cores)
     if lr is not None:
-        task = {"name": entry.name, "method": entry.method | start, "start": start, "lr": lr, "steps": TIMED_STEPS, "test": False}
-        run(task | {"seed": 0}, f"timing {entry.name}", cores)
+        task = {"name": entry.name, "method": entry.method | start, "precision": entry.precision, "start": start, "lr": lr, "steps": TIMED_STEPS}
+        run(task | {"seed": 0, "test": False}, f"timing {entry.name}", cores)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -53,13 +53,20 @@ def _row(name: str, runs: list[dict[str, Any]]) -> str:
         str(len(runs)),
         f"{statistics.mean(bleus):.1f} {spread}",
         f"{mean('loss'):.3f}",
-        f"{runs[0]['trained']:,} ({runs[0]['trained'] / runs[0]['whole']:.2%})",
+        _share(runs[0]),
         f"{runs[0]['file'] / 1e6:.2f} MB",
         "-" if runs[0]["step"] is None else f"{runs[0]['step']:.2f}",
         f"{mean('peak') / 1e9:.2f} GB",
         f"{runs[0]['general_before']:.3f} to {mean('general'):.3f}",
     ]
     return "| " + " | ".join(cells) + " |"
+
+
+def _share(run: dict[str, Any]) -> str:
+    """Trained numbers and their share of the base; and what of them is kept, where that is less."""
+    kept = run.get("kept", run["trained"])
+    said = f"{run['trained']:,} ({run['trained'] / run['whole']:.2%})"
+    return said if kept >= run["trained"] else f"{said}, kept {kept:,} ({kept / run['whole']:.2%})"
 
 
 def plots(tested: dict[str, list[dict[str, Any]]], entries: Sequence[Any]) -> str:

@@ -19,6 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import ranked
 import tiny
 from luthier import build
 from luthier.core import Incompatible, Row
@@ -30,7 +31,9 @@ from luthier.train import train
 
 Cell = tuple[str, str, str, str]  # method, objective, precision, family
 LABELS = ("bad", "fair", "good")
+PREFERENCES = {"reward": "ranked", "dpo": "pairs", "orpo": "pairs", "kto": "judged"}  # how their rows are rendered
 STEPS = 6
+SETTINGS: dict[str, dict[str, int]] = {"gptq": {"group": 8}}  # of a precision, for linears this small
 
 
 def axes() -> list[list[str]]:
@@ -41,6 +44,8 @@ def axes() -> list[list[str]]:
 def rows_for(objective: str, family: str) -> list[Row]:
     """Four examples of the kind an objective trains on."""
     start = {"bart": 2}.get(family, 0)
+    if objective in PREFERENCES:
+        return ranked.rows(family, PREFERENCES[objective])
     if objective == "masked_text":
         hiding = Hiding(usual=np.arange(5, tiny.V), mask=3 if family in tiny.ENCODERS else None, sentinels=tuple(range(40, 48)), start=start, eos=2)
         return [replace(r, extras={"hiding": hiding}, train=np.ones(len(r), dtype=bool)) for r in tiny.rows(4)]
@@ -58,8 +63,8 @@ def run(cell: Cell) -> str:
     """ "trained", "chosen" (nothing to train: a prompt is chosen), or the sentence of a refusal. Raises AssertionError where a contract is broken."""
     method, objective, precision, family = cell
     torch.manual_seed(0)
-    base = tiny.base(family)
-    stored = plugin("precision", precision)()
+    stored = plugin("precision", precision)(**SETTINGS.get(precision, {}))
+    base = tiny.in_codes(family, precision=stored) if stored.packed else tiny.base(family)
     base.model.to(stored.dtype)
     settings = {"kind": "classify", "problem": "single", "labels": list(LABELS)} if objective == "classify" else objective
     try:

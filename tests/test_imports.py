@@ -14,7 +14,7 @@ SRC = Path(luthier.__file__).parent
 
 # Who may import whom, of ours. Settings read without torch: errors to run. Everybody may import errors.
 SETTINGS = {"names", "plugins", "runfile", "schema", "config", "run"}
-BASICS = {"core", "nn", "anatomy"}
+BASICS = {"core", "nn", "anatomy", "packed"}
 LAW: dict[str, set[str]] = {
     "errors": set(),
     "names": set(),
@@ -26,7 +26,9 @@ LAW: dict[str, set[str]] = {
     "core": set(),
     "nn": set(),
     "families": set(),
-    "anatomy": {"core", "families", "site"},
+    "packed": set(),
+    "bnb": {"nn"},
+    "anatomy": {"core", "families", "packed", "site"},
     "atomic": set(),
     "log": {"core"},
     "hub": {"run"},
@@ -47,7 +49,7 @@ LAW: dict[str, set[str]] = {
     "counts": BASICS | {"site", "policy"},
     "methods": BASICS | {"site", "standin", "attention", "plugins", "layout", "outputs", "lowrank", "prompts", "deep", "wiring", "adapterhub"},
     "speed": BASICS | {"site", "attention"},
-    "precision": BASICS | {"site"},
+    "precision": BASICS | {"bnb", "site"},
     "place": BASICS | {"site"},
     "objectives": {"core", "nn", "plugins"},
     "data": {"core", "nn"},
@@ -58,15 +60,23 @@ LAW: dict[str, set[str]] = {
     "vocabulary": {"core", "site"},
     "adapter": {"core", "atomic", "config", "layout", "lowrank", "plugins", "policy", "site", "vocabulary"},
     "checkpoint": {"core", "nn", "optim", "policy", "adapter", "atomic"},
-    "merging": {"core", "plugins", "policy", "site", "adapter"},
+    "merging": {"core", "packed", "plugins", "policy", "site", "adapter"},
     "combining": {"core", "adapter", "atomic", "layout", "lowrank"},
-    "build": BASICS | {"site", "attention", "policy", "probe", "hub", "run", "plugins", "adapter", "vocabulary"},
+    "codes": {"anatomy", "atomic", "core", "packed", "plugins"},
+    "quantised": BASICS | {"codes"},
+    "build": BASICS | {"site", "attention", "policy", "probe", "hub", "run", "plugins", "adapter", "codes", "quantised", "vocabulary"},
     "checking": BASICS | {"build", "optim", "plugins", "policy", "site", "train"},
-    "opening": {"core", "hub", "plugins", "policy", "run", "adapter", "build"},
+    "opening": {"codes", "core", "hub", "plugins", "policy", "run", "adapter", "build"},
     "measure": {"core", "data", "evaluate", "objectives", "plugins", "policy", "reading", "run"},
+    "calibrating": BASICS | {"data", "measure", "plugins", "policy", "quantised", "reading"},
     "crafting": {"core", "measure", "policy"},
     "reading": {"core", "data", "run"},
-    "progress": {"core", "counts", "crafting", "measure", "plugins", "train", "session"},
+    "kernels": {"anatomy", "attention", "site"},
+    "saved": {"anatomy", "core", "kernels", "packed"},
+    "microbatch": {"core", "nn", "reading", "run"},
+    "memory": {"build", "core", "counts", "decoding", "measure", "microbatch", "optim", "packed", "policy", "run", "saved", "site"},
+    "references": {"core", "atomic", "data", "measure", "policy"},
+    "progress": {"anatomy", "core", "counts", "crafting", "measure", "plugins", "train", "session"},
 }
 ANYTHING_BUT_CLI = {"session", "__init__"}
 AXES = ("methods", "objectives", "precision", "place", "tasks", "speed")

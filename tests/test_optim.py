@@ -1,5 +1,9 @@
 """The flat optimizer against torch's own AdamW, and its state."""
 
+import importlib.util
+import sys
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -8,7 +12,7 @@ from luthier.core import LuthierError
 from luthier.methods.full import Method as Full
 from luthier.methods.lora import Method as Lora
 from luthier.methods.partial import Method as Partial
-from luthier.optim import Optimizer, default_lr
+from luthier.optim import Optimizer, default_lr, state_for
 
 
 def params(dtype=torch.float32):
@@ -134,3 +138,136 @@ def test_the_optimizer_owns_the_parameters_memory():
     with torch.no_grad():
         optimizer.groups[0].master.fill_(2.0)
     assert all(bool((p == 2).all()) for p in delta.params.values())
+
+
+# --- moments in 8 bits ----------------------------------------------------------------------------------------------
+
+eight_bit = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed (extra: quant)")
+
+
+class Both:
+    """Two optimizers as one."""
+
+    def __init__(self, *optimizers):
+        self.optimizers = optimizers
+
+    def step(self):
+        for o in self.optimizers:
+            o.step()
+
+    def zero_grad(self):
+        for o in self.optimizers:
+            o.zero_grad()
+
+
+def larger(dtype=torch.float32):
+    """Two matrices and a long vector (moments in 8 bits) and a short vector (too small for that)."""
+    torch.manual_seed(0)
+    shapes = {"a:w": (70, 80), "b:w": (300, 31), "c:w": (5000,), "d:w": (7,)}
+    return {k: torch.nn.Parameter(torch.randn(s).to(dtype)) for k, s in shapes.items()}
+
+
+@eight_bit
+@pytest.mark.parametrize("state", ["8bit", "paged-8bit"])
+def test_8_bit_moments_over_flat_masters_are_bitsandbytes_own_on_separate_tensors(state):
+    from bitsandbytes.optim import AdamW8bit
+
+    ours, theirs = larger(), larger()
+    with pytest.warns(UserWarning, match="not supported on CPU") if state == "paged-8bit" else nullcontext():
+        optimizer = Optimizer(ours, lr=1e-2, weight_decay=0.1, state=state)
+        settings = [{"params": [theirs[k] for k in ["a:w", "b:w"]], "weight_decay": 0.1}, {"params": [theirs["c:w"]], "weight_decay": 0.0}]
+        adam = AdamW8bit(settings, lr=1e-2)
+        small = torch.optim.AdamW([theirs["d:w"]], lr=1e-2, weight_decay=0.0, fused=True)
+        for s in range(5):
+            step(ours, optimizer, s)
+            step(theirs, Both(adam, small), s)
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+    assert optimizer.adam8.state[optimizer.groups[0].pieces[0]]["state1"].dtype == torch.uint8
+
+
+@eight_bit
+def test_8_bit_moments_train_as_float32_ones_do_and_take_a_quarter():
+    ours, exact = larger(), larger()
+    coded, plain = Optimizer(ours, lr=1e-2, state="8bit"), Optimizer(exact, lr=1e-2)
+    start = larger()
+    for s in range(20):
+        step(ours, coded, s)
+        step(exact, plain, s)
+    for k in ours:
+        moved = (exact[k] - start[k]).norm()
+        assert float((ours[k] - exact[k]).norm() / moved) < 0.1, k
+    saved = sum(t.nbytes for t in coded.state_dict()[0].values())
+    assert coded.state_bytes == saved and coded.master_bytes == plain.master_bytes
+    assert (saved - coded.master_bytes) < 0.27 * (plain.state_bytes - plain.master_bytes)
+
+
+@eight_bit
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saved_8_bit_state_continues_bit_for_bit(dtype):
+    a, b = larger(dtype), larger(dtype)
+    how = {"lr": 1e-2, "weight_decay": 0.1, "state": "8bit", "patterns": {"^b": {"lr": 3.0}}, "precise": {"c:w"}}
+    one, two = Optimizer(a, **how), Optimizer(b, **how)
+    for s in range(3):
+        one.set_lr(1e-2)
+        step(a, one, s)
+    tensors, scalars = one.state_dict()
+    two.load_state_dict({k: v.clone() for k, v in tensors.items()}, scalars)
+    for s in range(3, 6):
+        for values, optimizer in ((a, one), (b, two)):
+            optimizer.set_lr(1e-2)
+            step(values, optimizer, s)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert all(torch.equal(x, y) for x, y in zip(one.state_dict()[0].values(), two.state_dict()[0].values(), strict=True))
+
+
+@eight_bit
+def test_a_state_before_the_first_step_is_restored_over_a_later_one():
+    a, b = larger(), larger()
+    one, two = Optimizer(a, lr=1e-2, state="8bit"), Optimizer(b, lr=1e-2, state="8bit")
+    tensors, scalars = one.state_dict()
+    tensors = {k: v.clone() for k, v in tensors.items()}
+    step(b, two, 9)
+    two.load_state_dict(tensors, scalars)
+    for s in range(2):
+        step(a, one, s)
+        step(b, two, s)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@eight_bit
+def test_named_and_small_tensors_keep_exact_moments():
+    optimizer = Optimizer(larger(), lr=1e-2, state="8bit", precise={"a:w"})
+    assert {n: g.pieces is not None for g in optimizer.groups for n in g.names} == {"a:w": False, "b:w": True, "c:w": True, "d:w": False}
+
+
+@eight_bit
+def test_moments_of_another_kind_are_refused_in_a_sentence():
+    values = larger()
+    coded = Optimizer(values, lr=1e-2, state="8bit")
+    step(values, coded, 0)
+    with pytest.raises(LuthierError, match="moments of 'a:w' in 8 bits, and this run keeps them in float32"):
+        Optimizer(larger(), lr=1e-2).load_state_dict(*coded.state_dict())
+    values = larger()
+    plain = Optimizer(values, lr=1e-2)
+    step(values, plain, 0)
+    with pytest.raises(LuthierError, match="moments of 'a:w' in float32, and this run keeps them in 8 bits"):
+        Optimizer(larger(), lr=1e-2, state="8bit").load_state_dict(*plain.state_dict())
+
+
+def test_a_machine_that_cannot_keep_8_bit_moments_keeps_exact_ones_and_says_so(monkeypatch):
+    assert state_for("float32", torch.device("cuda")) == ("float32", None)
+    kept, note = state_for("8bit", torch.device("cpu"))
+    assert kept == "float32" and note is not None and "8bit was asked for" in note and "on cpu" in note
+    monkeypatch.setattr("luthier.optim.find_spec", lambda name: None)
+    kept, note = state_for("paged-8bit", torch.device("cuda"))
+    assert kept == "float32" and note is not None and "luthier[quant]" in note
+    monkeypatch.setattr("luthier.optim.find_spec", lambda name: object())
+    assert state_for("paged-8bit", torch.device("cuda")) == ("paged-8bit", None)
+
+
+def test_8_bit_moments_without_bitsandbytes_are_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(LuthierError, match="luthier\\[quant\\]"):
+        Optimizer(larger(), lr=1e-2, state="8bit")
+    Optimizer(params(), lr=1e-2, state="8bit")  # all of it is small: nothing to keep in 8 bits

@@ -44,6 +44,7 @@ from transformers import (
 )
 
 from luthier.core import Base, Row
+from luthier.packed import PackedLinear
 
 V = 50
 _COMMON = {
@@ -151,6 +152,37 @@ def base(family: str = "llama", seed: int = 0) -> Base:
     from luthier.build import adopt
 
     return adopt(model(family, seed), source=f"tiny-{family}")
+
+
+class ByRow(PackedLinear):
+    """The simplest storage in codes: a whole number of -7 to 7 a weight, and a scale a row."""
+
+    def write(self, weight):
+        scales = weight.float().abs().amax(1, keepdim=True) / 7
+        self.register_buffer("codes", (weight.float() / scales).round().to(torch.int8))
+        self.register_buffer("scales", scales)
+
+    def values(self, dtype):
+        return (self.codes.float() * self.scales).to(dtype)
+
+
+class Codes:
+    """A precision of such linears."""
+
+    packed, dtype = True, torch.float32
+
+    def linear(self, in_features, out_features, bias, *, transposed=False):
+        return ByRow(in_features, out_features, bias, transposed=transposed)
+
+
+def in_codes(family: str = "llama", seed: int = 0, precision=None) -> Base:
+    """A tiny base whose linears are in codes."""
+    from luthier.build import adopt
+    from luthier.quantised import pack
+
+    lm = model(family, seed)
+    pack(lm, precision or Codes())
+    return adopt(lm, source=f"tiny-{family}")
 
 
 def rows(n: int = 4, seed: int = 0, shortest: int = 6, longest: int = 30, prompt: int = 3) -> list[Row]:

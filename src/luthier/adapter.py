@@ -140,6 +140,7 @@ def facts(policy: Policy, objective: Objective | None = None) -> dict[str, Any]:
         "method": {"kind": kind_of(policy.method)} | plain(policy.method) if policy.method is not None else None,
         "objective": {"kind": kind_of(objective)} | plain(objective) if objective is not None else None,
         "base": {"source": base.source, "revision": base.revision, "hash": base.hash, "family": base.anatomy.family},
+        "precision": {"kind": kind_of(base.precision)} | plain(base.precision) if base.precision is not None else None,
         "tokens": list(base.tokens),
         "template_hash": hashlib.sha256(template.encode()).hexdigest()[:16] if isinstance(template, str) else None,
     }
@@ -314,6 +315,18 @@ def read_objective(tree: dict[str, Any]) -> Objective:
     """An objective from its saved fields."""
     tree = dict(tree)
     return read(plugin("objectives", tree.pop("kind")), tree, "luthier.json: objective")
+
+
+def packed_precision(folder: Path) -> Any:
+    """The packed precision of the base that a saved delta was trained on; None for floats, and where the folder does not say."""
+    try:
+        tree = json.loads((folder / OURS).read_text()).get("precision")
+    except (OSError, ValueError):
+        return None
+    if not tree:
+        return None
+    cls: Any = plugin("precision", tree.pop("kind"))
+    return read(cls, tree, "luthier.json: precision") if cls.packed else None
 
 
 def _restored_heads(base: Base, objective: Objective | None, values: Mapping[str, Tensor], folder: Path) -> dict[str, nn.Module]:

@@ -18,14 +18,15 @@ from torch.nn.functional import gelu
 
 from .core import Incompatible, Segments
 from .families import FAMILIES, FEED_FORWARDS, GROUPS, OUTPUTS, POST_NORMS, ROLES, USUAL, USUAL_FUSED, Roles
+from .packed import PackedLinear
 from .site import Site
 
 UNBOUNDED = 2048  # positions taken for a model that has no last one (T5's are relative)
 
 
 def is_linear(module: nn.Module) -> bool:
-    """A linear layer, GPT-2's transposed Conv1D included."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    """A linear layer, GPT-2's transposed Conv1D and one whose weight is in codes included."""
+    return isinstance(module, nn.Linear | PackedLinear) or type(module).__name__ == "Conv1D"
 
 
 def features(module: nn.Module) -> tuple[int, int]:
@@ -33,6 +34,24 @@ def features(module: nn.Module) -> tuple[int, int]:
     if type(module).__name__ == "Conv1D":
         return module.weight.shape[0], module.weight.shape[1]  # type: ignore[return-value, index]
     return module.in_features, module.out_features  # type: ignore[return-value]
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """(out, in) fp32 weight of a linear, however it is kept."""
+    if isinstance(module, PackedLinear):
+        return module.dense(torch.float32)
+    weight = module.weight.detach().float()  # type: ignore[operator, union-attr]
+    return weight.t() if type(module).__name__ == "Conv1D" else weight
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's numbers are."""
+    return next(iter([*module.parameters(recurse=False), *module.buffers(recurse=False)])).device
+
+
+def numbers(module: nn.Module) -> int:
+    """Parameters of a module and of all in it, those that codes stand for included."""
+    return sum(p.numel() for p in module.parameters()) + sum(m.count for m in module.modules() if isinstance(m, PackedLinear))
 
 
 def modules(module: nn.Module, path: str = "", seen: set[nn.Module] | None = None) -> Iterator[tuple[str, nn.Module]]:
@@ -290,7 +309,7 @@ def _stacks(model: Any) -> dict[str, str]:
 def _longest(model: nn.Module) -> str:
     lists = [(n, m) for n, m in modules(model) if isinstance(m, nn.ModuleList) and len(m) and "expert" not in n]
     # The list of blocks is the outermost one with the most parameters.
-    best = max(lists, key=lambda nm: (sum(p.numel() for p in nm[1].parameters()), -nm[0].count(".")), default=None)
+    best = max(lists, key=lambda nm: (numbers(nm[1]), -nm[0].count(".")), default=None)
     if best is None:
         raise Incompatible(f"{type(model).__name__} has no list of repeated blocks; this program knows transformer models")
     return best[0]

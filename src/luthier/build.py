@@ -22,8 +22,8 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as hf_logging
 
-from . import adapter, attention, probe, vocabulary
-from .anatomy import Anatomy, max_positions
+from . import adapter, attention, codes, probe, quantised, vocabulary
+from .anatomy import Anatomy, max_positions, numbers
 from .core import Base, Incompatible, LuthierError, Method, Objective, Place, Precision
 from .hub import fingerprint, locate
 from .plugins import kind_of, plugin
@@ -75,26 +75,64 @@ def load(model: Model | str, *, precision: Precision, device: torch.device | str
     model = Model(id=model) if isinstance(model, str) else model
     folder = locate(model, weights=weights and not model.random)
     config = _config(folder, model, trains_base)
-    dtype = precision.dtype
+    hash = fingerprint(folder, random=model.random)
+    precision = _as_stored(folder, precision, model.id, made=model.random or not weights)
     kind, headless = auto_class(config), False
     try:
         if not weights:
             with torch.device("meta"):
-                lm = kind.from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code)
+                lm = kind.from_config(config, dtype=precision.dtype, trust_remote_code=model.trust_remote_code)
         elif model.random:
-            lm = kind.from_config(config, trust_remote_code=model.trust_remote_code).to(dtype)
+            lm = kind.from_config(config, trust_remote_code=model.trust_remote_code).to(precision.dtype)
         else:
-            lm, headless = _open(kind, folder, config, dtype, model)
+            cache = _cached(model, folder, hash, precision)
+            lm, headless = _open(kind, folder if cache is None else cache, config, precision, model)
     except LuthierError:
         raise
     except Exception as e:
         raise LuthierError(f"{folder}: this model cannot be opened: {_first_line(e)}") from e
+    if precision.packed and (model.random or not weights):
+        quantised.pack(lm, precision)
     tokenizer = load_tokenizer(model) if _has_tokenizer(folder) else None
-    base = adopt(lm.to(device) if weights else lm, tokenizer, source=model.id, revision=model.revision)
-    base.hash = fingerprint(folder, random=model.random)
+    lm = lm.to(device) if weights else lm
+    storage = quantised.settle(lm, precision) if precision.packed and weights else ""
+    base = adopt(lm, tokenizer, source=model.id, revision=model.revision)
+    base.hash, base.precision, base.storage = hash, precision, storage
     if headless:
         base.probes["head"] = None
+    if precision.packed and weights and not model.random and cache is None:
+        base.storage += _keep(base, folder, model)
     return base
+
+
+def _as_stored(folder: Path, precision: Any, name: str, *, made: bool) -> Any:
+    """The precision as a folder of codes says. ``made``: the weights are not read from it, so floats are no reason to refuse."""
+    if not precision.packed:
+        if (stored := codes.stored_in(folder)) is not None and not made:
+            raise LuthierError(
+                f"{name}: this model is stored in {stored}, and precision is {kind_of(precision)}; say precision={stored}, or write it out in floats first: "
+                f"luthier export {name} --output FOLDER"
+            )
+        return precision
+    return precision if made else codes.as_stored(folder, precision, name)
+
+
+def _cached(model: Model, folder: Path, hash: str, precision: Any) -> Path | None:
+    """The quantised copy of this base on disk, where there is one to use."""
+    if not precision.packed or model.cache == "no" or codes.stored_in(folder) is not None:
+        return None
+    where = codes.cached(hash, precision)
+    return where if (where / "config.json").is_file() else None
+
+
+def _keep(base: Base, folder: Path, model: Model) -> str:
+    """Write the quantised base to the cache where that is asked for or worth it; what to say of it."""
+    if codes.stored_in(folder) is not None or model.cache == "no" or (model.cache == "auto" and numbers(base.model) < quantised.LARGE):
+        return ""
+    where = codes.cached(base.hash, base.precision)
+    where.parent.mkdir(parents=True, exist_ok=True)
+    codes.write_folder(base, base.precision, where)
+    return f"; kept for the next time in {where} (model.cache=no: not)"
 
 
 def auto_class(config: Any) -> Any:
@@ -185,7 +223,8 @@ def resolve(run: Run) -> tuple[Run, list[str]]:
     """Replace precision "auto" by this machine's fast one. Returns the notes to print."""
     if run.precision != "auto":
         return run, []
-    kind, why = fast_precision(run.place.device)
+    stored = codes.stored_in(locate(run.model, weights=False))
+    kind, why = fast_precision(run.place.device) if stored is None else (stored, "so the model is stored")
     return replace(run, precision=plugin("precision", kind)()), [f"precision {kind}: {why}"]
 
 
@@ -203,11 +242,13 @@ def _config(folder: Path, model: Model, trains_base: bool) -> Any:
     return config
 
 
-def _open(kind: Any, folder: Path, config: Any, dtype: torch.dtype, model: Model) -> tuple[Any, bool]:
+def _open(kind: Any, folder: Path, config: Any, precision: Any, model: Model) -> tuple[Any, bool]:
     """The model, and whether its language-model head is missing from the files: an encoder may come without (it is then random, and never read)."""
-    lm, info = kind.from_pretrained(
-        folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, trust_remote_code=model.trust_remote_code, local_files_only=True
-    )
+    how = {"trust_remote_code": model.trust_remote_code, "local_files_only": True}
+    if precision.packed:
+        lm, info = quantised.open_model(kind, folder, config, precision, **how)
+    else:
+        lm, info = kind.from_pretrained(folder, config=config, dtype=precision.dtype, use_safetensors=True, output_loading_info=True, **how)
     odd = sorted(info["missing_keys"])
     headless = bool(odd) and kind is AutoModelForMaskedLM and not any(k.startswith(lm.base_model_prefix + ".") for k in odd)
     if odd and not headless:

@@ -109,11 +109,12 @@ class Batch(Stream):
     units: dict[str, int] = field(default_factory=dict)  # {"tokens": 812}: how many loss terms of each kind
     route: tuple[str | None, ...] | None = None  # the delta of each example; None inside: the base
     where: tuple[str, ...] = ()  # the source of each example, for messages
+    beside: Batch | None = None  # examples that are only read, without gradients (KTO's answers to other prompts)
 
     @property
     def tokens(self) -> int:
-        """How many positions hold a token of an example, the encoder's side included."""
-        return int(self.segments.length.sum()) + (0 if self.source is None else self.source.tokens)
+        """How many positions hold a token of an example, the encoder's side and what is only read included."""
+        return int(self.segments.length.sum()) + sum(s.tokens for s in (self.source, self.beside) if s is not None)
 
     def to(self, device: torch.device) -> Batch:
         """Move the tensors that a forward reads; segments stay on the CPU."""
@@ -123,6 +124,8 @@ class Batch(Stream):
             self.targets = self.targets.to(device, non_blocking=True)
         if self.source is not None:
             self.source.ids, self.source.inputs = self.source.ids.to(device), move(self.source.inputs)
+        if self.beside is not None:
+            self.beside.to(device)
         return self
 
 
@@ -171,6 +174,54 @@ def source_of(rows: Sequence[Row], pad: int) -> Stream | None:
     return Stream(ids=ids_BT, segments=segments)
 
 
+def join(rows: Sequence[Row], **extras: Any) -> Row:
+    """Several examples as one row, so that they stay together wherever rows go: the answers to one prompt. `examples_of` takes them apart again."""
+    out: dict[str, Any] = {"lengths": np.array([len(r) for r in rows], dtype=np.int64), **extras}
+    if isinstance(rows[0].extras.get("source"), np.ndarray):
+        out["source"] = np.concatenate([r.extras["source"] for r in rows])
+        out["source_lengths"] = np.array([len(r.extras["source"]) for r in rows], dtype=np.int64)
+    if names := dict.fromkeys(k for r in rows for k in r.extras.get("inputs", ())):
+        empty = [np.zeros(len(r), dtype=np.int32) for r in rows]
+        out["inputs"] = {k: np.concatenate([r.extras.get("inputs", {}).get(k, e) for r, e in zip(rows, empty, strict=True)]) for k in names}
+    return Row(np.concatenate([r.ids for r in rows]), np.concatenate([r.train for r in rows]), rows[0].where, out)
+
+
+def examples_of(row: Row) -> list[Row]:
+    """The examples of a row that `join` made, each with its own source and other inputs; any other row is one example, itself."""
+    lengths = row.extras.get("lengths")
+    if not isinstance(lengths, np.ndarray):
+        return [row]
+    cuts = np.cumsum(lengths)[:-1]
+    extras: list[dict[str, Any]] = [{} for _ in lengths]
+    if "source_lengths" in row.extras:
+        for e, source in zip(extras, np.split(row.extras["source"], np.cumsum(row.extras["source_lengths"])[:-1]), strict=True):
+            e["source"] = source
+    for name, values in row.extras.get("inputs", {}).items():
+        for e, part in zip(extras, np.split(values, cuts), strict=True):
+            e.setdefault("inputs", {})[name] = part
+    parts = zip(np.split(row.ids, cuts), np.split(row.train, cuts), extras, strict=True)
+    return [Row(ids, train, row.where, e) for ids, train, e in parts]
+
+
+def joined_batch(rows: Sequence[Row], *, pad: int, packed: bool) -> Batch:
+    """All examples of rows that `join` made, as one batch whose units the objective counts. ``extras["row"]``: the row of each example; "reference" where
+    the rows bring the reference's log-probability of each."""
+    several = [examples_of(r) for r in rows]
+    examples = [e for some in several for e in some]
+    ids_BT, targets_BT, segments = lay_out(examples, pad, packed)
+    inputs: dict[str, Tensor] = {}
+    for name in dict.fromkeys(k for e in examples for k in e.extras.get("inputs", ())):
+        inputs[name] = torch.zeros_like(ids_BT)
+        for e, b, t in zip(examples, segments.row.tolist(), segments.start.tolist(), strict=True):
+            if name in e.extras.get("inputs", ()):
+                inputs[name][b, t : t + len(e)] = torch.from_numpy(e.extras["inputs"][name].astype(np.int64))
+    extras = {"row": torch.tensor([i for i, some in enumerate(several) for _ in some])}
+    if all("reference" in r.extras for r in rows):
+        extras["reference"] = torch.from_numpy(np.concatenate([r.extras["reference"] for r in rows]).astype(np.float32))
+    where = tuple(e.where for e in examples)
+    return Batch(ids=ids_BT, segments=segments, inputs=inputs, source=source_of(examples, pad), targets=targets_BT, extras=extras, where=where)
+
+
 def next_token_batch(rows: Sequence[Row], *, pad: int, packed: bool) -> Batch:
     """The collator of objectives whose loss is next-token cross-entropy; its unit is the trained token."""
     ids_BT, targets_BT, segments = lay_out(rows, pad, packed)
@@ -188,6 +239,28 @@ def next_token_loss(policy: Policy, batch: Batch) -> Loss:
     return Loss({"tokens": -logp_N.sum()})
 
 
+def example_logps(policy: Policy, batch: Batch) -> tuple[Tensor, Tensor]:
+    """(S,) fp32 log p of the trained tokens of each example together, and (S,) how many they are."""
+    assert batch.targets is not None
+    hidden_MD, target_M = policy.hidden(batch).flatten(0, 1), batch.targets.flatten()
+    scored = (target_M != IGNORE).nonzero().squeeze(1)
+    logp_N = policy.score(hidden_MD.index_select(0, scored), target_M.index_select(0, scored))["logp"]
+    example_N = batch.segments.example(batch.shape).flatten().to(scored.device).index_select(0, scored)
+    zeros_S = torch.zeros(len(batch.segments), device=logp_N.device)
+    return zeros_S.index_add(0, example_N, logp_N), zeros_S.index_add(0, example_N, torch.ones_like(logp_N))
+
+
+def reference_logps(policy: Policy, batch: Batch) -> Tensor:
+    """(S,) fp32 what `example_logps` gives for the reference: what the rows brought, else of the base with the delta off, without gradients.
+
+    Raises Incompatible where they brought none and the base itself was trained.
+    """
+    if "reference" in batch.extras:
+        return batch.extras["reference"]
+    with policy.reference():
+        return example_logps(policy, batch)[0]
+
+
 @dataclass
 class Rollout:
     """Generated tokens of one batch: ragged, in the order of the prompts."""
@@ -201,7 +274,11 @@ class Rollout:
 
 
 class Precision(Protocol):
-    """How the frozen weights are stored."""
+    """How the frozen weights are stored.
+
+    One that packs also has ``linear(in, out, bias, *, transposed)``, which makes an empty packed linear (packed.py) with ``to_file`` and ``from_file`` in the
+    field's layout; ``file_config()`` and ``from_file_config(config)``, what config.json says of it; and ``resident``: "auto", "yes" or "no".
+    """
 
     packed: ClassVar[bool]
     dtype: torch.dtype  # of what is not packed, and of the activations
@@ -221,6 +298,8 @@ class Base:
     max_positions: int = 1024
     probes: dict[str, Any] = field(default_factory=dict)  # results, printed once
     tokens: tuple[str, ...] = ()  # added to the vocabulary, after the pretrained ones
+    precision: Any = None  # how its weights are stored, where this program opened it
+    storage: str = ""  # the same in a sentence, for packed weights
 
     @property
     def width(self) -> int:
@@ -266,7 +345,9 @@ class Method(Protocol):
 # --- objectives -----------------------------------------------------------------------------------------------------
 
 
-Renders = Literal["text", "chat", "label", "masked"]  # how data/ turns records into rows
+# How data/ turns records into rows. ranked: answers to one prompt, best first, which are read; pairs: the same, which are written; judged: one answer,
+# and whether it is good.
+Renders = Literal["text", "chat", "label", "masked", "ranked", "pairs", "judged"]
 
 
 class Objective(Protocol):
@@ -274,12 +355,18 @@ class Objective(Protocol):
 
     terms: ClassVar[Mapping[str, float]]  # unit name -> weight
     needs: ClassVar[frozenset[str]]  # of {"reference", "rollouts"}
-    couples: ClassVar[bool]  # the loss depends on batch-mates
+    couples: ClassVar[bool]  # the loss depends on batch-mates: it is a Coupled
     renders: ClassVar[Renders]
 
     def heads(self, base: Base) -> dict[str, nn.Module]: ...
     def collate(self, rows: Sequence[Row], *, pad: int, packed: bool) -> Batch: ...
     def loss(self, policy: Policy, batch: Batch) -> Loss: ...
+
+
+class Coupled(Objective, Protocol):
+    """An objective with ``couples``: a step's batches are shown to it together, before the first of them."""
+
+    def couple(self, policy: Policy, batches: Sequence[Batch], mean: Callable[[float], float] = float) -> None: ...  # mean: over ranks
 
 
 class Policy(Protocol):

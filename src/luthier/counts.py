@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from .anatomy import features, is_linear, modules
+from .anatomy import features, is_linear, modules, numbers
+from .packed import PackedLinear
 from .policy import Policy
 
 
@@ -36,7 +37,7 @@ def table(policy: Policy) -> list[Count]:
             continue
         n_in, n_out = features(module) if is_linear(module) else (0, 0)
         shape = (n_out, n_in) if is_linear(module) else None
-        whole = sum(p.numel() for p in module.parameters(recurse=is_linear(module)))
+        whole = numbers(module) if is_linear(module) else sum(p.numel() for p in module.parameters(recurse=False))
         kind = (re.sub(r"\.\d+\.", ".*.", path), shape, trained, whole)
         out.setdefault(kind, []).append(path)
     return [Count(name, shape, len(paths), trained, whole) for (name, shape, trained, whole), paths in out.items()]
@@ -46,7 +47,8 @@ def total(policy: Policy) -> tuple[int, int]:
     """(trained, all): parameters the optimizer moves, and parameters of the base with its heads; a tied tensor counts once."""
     parts = [*(m for _, m in modules(policy.lm)), *policy.heads.modules()]
     own = {id(p): p for module in parts for p in module.parameters(recurse=False)}
-    return sum(p.numel() for p in policy.trained().values()), sum(p.numel() for p in own.values())
+    codes = sum(m.count for m in parts if isinstance(m, PackedLinear))
+    return sum(p.numel() for p in policy.trained().values()), sum(p.numel() for p in own.values()) + codes
 
 
 def sentence(c: Count) -> str:

@@ -11,12 +11,12 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 import torch
 
-from .core import Batch, LuthierError, Objective, Task
+from .core import Batch, Coupled, LuthierError, Objective, Task
 from .nn import intervals
 
 Row = Mapping[str, Any]
@@ -142,6 +142,9 @@ def loss_on(policy: Any, objective: Objective, batches: Iterable[Batch]) -> Loss
     training = policy.training
     policy.eval()
     try:
+        if getattr(objective, "couples", False):
+            batches = list(batches)
+            cast(Coupled, objective).couple(policy, batches)
         for batch in batches:
             if not any(batch.units.values()):
                 continue

@@ -9,22 +9,26 @@ from pathlib import Path
 from typing import Any
 
 from .core import Batch, LuthierError, Objective, Row
+from .data.answers import Renderer
 from .data.codec import Codec
 from .data.encode import hiding_of, render_labelled
 from .data.labels import Labelled
+from .data.preferences import Judged
 from .data.prepare import Prepared, prepare
+from .data.rankings import render_preferences
 from .data.render import render_prompt, stop_ids
-from .data.rows import Counts, sides
+from .data.rows import Counts, Dropped, sides
 from .evaluate import Score, loss_on, score
 from .objectives import masked_text
 from .objectives import text as text_objective
 from .plugins import plugin
 from .policy import Policy
-from .reading import form_of
+from .reading import form_of, read_data
 from .run import Run
 
 GENERAL = Path(__file__).parent / "assets" / "general" / "general.txt"
 ANSWER_ROWS = 32  # prompts answered at a time
+OWN_TASK = {"label": "classification", "ranked": "preference", "pairs": "preference"}  # scored unasked, by how the objective's rows are rendered
 
 
 @dataclass
@@ -75,14 +79,14 @@ class Scorer:
         """Held-out and general loss; with ``tasks`` the run's tasks too."""
         out = Measures(self._loss(self.objective, self.groups), self._loss(self.general, self.general_groups))
         if tasks:
-            labelled = ["classification"] if self.objective.renders == "label" and self.groups else []  # a head is always scored: it costs one forward a row
-            for kind in dict.fromkeys([*labelled, *self.run.evaluate.tasks]):
+            own = OWN_TASK.get(self.objective.renders) if self.groups else None  # it costs one forward a row
+            for kind in dict.fromkeys([*([own] if own else []), *self.run.evaluate.tasks]):
                 out.scores |= self.task(kind, say)
         return out
 
     def task(self, kind: str, say: Any = None) -> dict[str, Score]:
         """Scores of one task on the validation records (or on the task's own rows, where it brings them)."""
-        if self.objective.renders == "label":
+        if self.objective.renders in ("label", "ranked") or kind == "preference":
             most = self.run.evaluate.task_rows
             return score_labels(self.policy, self.objective, self.prepared.validation[:most], self.prepared.validation_records[:most], kind, self.run.seed)[0]
         task = plugin("tasks", kind)()
@@ -100,10 +104,14 @@ class Scorer:
         n = self.run.evaluate.samples
         if n == 0:
             return []
-        if self.objective.renders == "chat":
+        if self.objective.renders in ("chat", "pairs", "judged"):
             rows = task_rows(self.prepared.validation_records[:n])
             got = answer_rows(self.policy, rows, template=self.run.model.template, max_new=self.run.evaluate.sample_tokens)
-            return [{**a, "reference": r["refs"][0]} for a, r in zip(got, rows, strict=True)]
+            return [{**a, "reference": next(iter(r["refs"]), None)} for a, r in zip(got, rows, strict=True)]
+        if self.objective.renders == "ranked":
+            rows = task_rows(self.prepared.validation_records[:n])
+            said = predict(self.policy, self.objective, self.prepared.validation[:n])
+            return [{k: r[k] for k in ("prompt", "answers", "ranks")} | p for p, r in zip(said, rows, strict=True)]
         if self.objective.renders == "label":
             records = self.prepared.validation_records[:n]
             said = predict(self.policy, self.objective, self.prepared.validation[:n])
@@ -127,7 +135,8 @@ class Scorer:
         pad = self.policy.base.tokenizer.pad_token_id or 0
         batches = (to_device(objective.collate(g, pad=pad, packed=self.packed), self.policy) for g in groups)
         losses = loss_on(self.policy, objective, batches)
-        return Mean(losses.value, losses.n, unit=next(iter(objective.terms)))
+        unit = next(iter(objective.terms))
+        return Mean(losses.value, losses.counts[unit], unit)
 
     def _general_rows(self) -> list[Row]:
         d, form = self.run.data, form_of(self.policy.base)
@@ -161,6 +170,14 @@ class Scorer:
         return general.train
 
 
+def once(policy: Policy, run: Run) -> Measures:
+    """Loss of a policy on the validation rows that a run's settings hold out, and on general text; only the second where they name no data."""
+    prepared = Prepared([], [], [])
+    if run.data.train:
+        prepared = read_data(run, policy.base.tokenizer, positions=policy.limit, say=lambda _: None, form=form_of(policy.base))
+    return Scorer(policy, run.objective, prepared, run, packed=policy.base.packs).measure(tasks=False)
+
+
 def to_device(batch: Batch, policy: Policy) -> Batch:
     """A batch where the model is."""
     return batch.to(policy.device)
@@ -190,7 +207,7 @@ def task_rows(records: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 def predict(policy: Policy, objective: Any, rows: Sequence[Row], *, tokens: int = 8192) -> list[dict[str, Any]]:
-    """What a classification head says of each row, in their order; see objectives.classify.Objective.predict."""
+    """What a head (or, of pairs, the policy itself) says of each row, in their order; see the objective's predict."""
     pad, packed = policy.base.tokenizer.pad_token_id or 0, policy.base.packs
     place = {id(row): i for i, row in enumerate(rows)}
     out: list[dict[str, Any]] = [{} for _ in rows]
@@ -216,8 +233,27 @@ def predict_texts(policy: Policy, texts: Sequence[Labelled]) -> list[dict[str, A
     return predict(policy, objective, [row for _, rows in rendered for row in rows])
 
 
+def rewards(policy: Policy, items: Sequence[Judged], *, template: str | None = None) -> list[list[float]]:
+    """The reward of every answer, by item. Raises LuthierError for a policy without a reward head, and for an item that the template cannot render."""
+    objective: Any = policy.objective
+    if not policy.heads or getattr(objective, "renders", "") != "ranked":
+        raise LuthierError("this model has no reward head; name a run or an adapter that was trained with objective: reward")
+    room = min(2048, policy.limit, policy.base.tokenizer.model_max_length)
+    renderer, form = Renderer(policy.base.tokenizer, template), form_of(policy.base)
+    alone = [Judged((c,), item.prompt, where=item.where) for item in items for c in item.chats]  # equal answers are left out where they are compared
+    rows: list[Row] = []
+    for item, made in render_preferences(alone, renderer, form, renders="ranked", max_tokens=room, over_length="truncate", counts=Counts()):
+        if isinstance(made, Dropped):
+            raise LuthierError(f"{item.where}: {made.reason}; set --template to one that can render it")
+        rows += made
+    scores = iter(said["scores"][0] for said in predict(policy, objective, rows))
+    return [[next(scores) for _ in item.chats] for item in items]
+
+
 def as_answer(said: dict[str, Any]) -> str:
     """A prediction as the text that tasks score."""
+    if "scores" in said:
+        return json.dumps(said["scores"])
     label = said["label"]
     return label if isinstance(label, str) else json.dumps(label, ensure_ascii=False)
 
@@ -234,7 +270,8 @@ def score_labels(
 def can_write(policy: Policy) -> None:
     """Raise LuthierError for a policy that gives labels, or that only reads."""
     if policy.heads:
-        raise LuthierError("this is a classifier: it gives labels and writes no text; use luthier predict")
+        gives = "reward model: it scores answers" if getattr(policy.objective, "renders", "") == "ranked" else "classifier: it gives labels"
+        raise LuthierError(f"this is a {gives} and writes no text; use luthier predict")
     if policy.base.anatomy.kind == "encoder":
         raise LuthierError(f"this model ({policy.base.anatomy.family}) is an encoder: it reads text and writes none; train it with objective: classify")
 

@@ -1,4 +1,8 @@
-"""Folding a delta into its base and proving it: logits before and after on a probe set, then the saved folder as transformers opens it."""
+"""Folding a delta into its base and proving it: logits before and after on a probe set, then the saved folder as transformers opens it.
+
+A base in codes is written out in floats first: the values of its codes, which are what the delta was trained on, so that the merged model is the trained one.
+Merging into the floats that the codes were made from gives another model; `compare` says by how much.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from torch import Tensor
 
 from .adapter import save_model
 from .core import Incompatible, LuthierError
+from .packed import dequantise, packed
 from .plugins import kind_of
 from .policy import Policy
 from .site import unwrap
@@ -29,20 +34,18 @@ class Merged:
     reopened: float  # attached against the saved folder in plain transformers
     same_greedy: bool  # the likeliest next token is the same at every probe position
     positions: int
+    codes: float | None = None  # of a base in codes: as it was served against written out in floats, before anything was folded
 
 
-def merge(policy: Policy, folder: Path, *, extra: dict[str, Any] | None = None) -> Merged:
+def merge(policy: Policy, folder: Path, *, dtype: torch.dtype | None = None, extra: dict[str, Any] | None = None) -> Merged:
     """Fold the policy's delta into its base, save the whole model, and its heads, and reopen it with plain transformers.
 
-    Sums are made in fp32 and rounded once to the base's dtype. Raises Incompatible where the delta cannot fold, LuthierError where the
+    Sums are made in fp32 and rounded once to ``dtype``, by default the base's. Raises Incompatible where the delta cannot fold, LuthierError where the
     largest logit difference exceeds what rounding to that dtype explains.
     """
-    if policy.delta is not None and policy.delta.fold is None:
-        raise Incompatible(
-            f"a delta of {kind_of(policy.method)} cannot be merged: it changes what no weight of the model holds; serve it beside its base "
-            "(luthier generate FOLDER), or train a method that merges: lora, dora, ia3, partial, diff_pruning, full"
-        )
+    foldable(policy)
     ids = probe_ids(policy)
+    codes = write_out(policy, ids, dtype) if any(True for _ in packed(policy.lm)) else None
     dtype = next(policy.lm.parameters()).dtype
     before = logits(policy, ids)
     if policy.delta is not None:
@@ -58,7 +61,38 @@ def merge(policy: Policy, folder: Path, *, extra: dict[str, Any] | None = None) 
     reopened = difference(again, before)
     _refuse(reopened, dtype, f"{folder} opened by transformers gives other logits")
     same = bool((again.argmax(-1) == before.argmax(-1)).all())
-    return Merged(folder, str(dtype).removeprefix("torch."), folded, reopened, same, len(before))
+    return Merged(folder, str(dtype).removeprefix("torch."), folded, reopened, same, len(before), codes)
+
+
+def foldable(policy: Policy) -> None:
+    """Raise Incompatible for a delta that no weight can take."""
+    if policy.delta is not None and policy.delta.fold is None:
+        raise Incompatible(
+            f"a delta of {kind_of(policy.method)} cannot be merged: it changes what no weight of the model holds; serve it beside its base "
+            "(luthier generate FOLDER), or train a method that merges: lora, dora, ia3, partial, diff_pruning, full"
+        )
+
+
+def write_out(policy: Policy, ids: list[list[int]], dtype: torch.dtype | None) -> float:
+    """Replace the codes of a policy's base by the values they were computed with. Returns the largest relative difference of its logits, which is that
+    of computing in ``dtype`` instead: the weights are equal."""
+    before = logits(policy, ids)
+    computed = next(policy.lm.parameters()).dtype
+    if policy.delta is not None and policy.method is not None and policy.method.edits == "weights":
+        policy.fold()  # what stands in for a bias stands in the packed linear
+    dequantise(policy.lm, computed)
+    policy.lm.to(dtype or computed)
+    policy.base.precision, policy.base.storage = None, ""
+    apart = difference(logits(policy, ids), before)
+    _refuse(apart, computed, "writing the codes out in floats changed the logits")
+    return apart
+
+
+def compare(trained: Policy, other: Policy) -> tuple[float, bool]:
+    """(largest relative difference of the logits, whether the likeliest next token is the same everywhere) between two policies on the probe set."""
+    ids = probe_ids(trained)
+    one, two = logits(trained, ids), logits(other, ids)
+    return difference(two, one), bool((one.argmax(-1) == two.argmax(-1)).all())
 
 
 def probe_ids(policy: Policy) -> list[list[int]]:

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import adapter, build
+from . import adapter, build, codes
 from .core import LuthierError
-from .hub import FIDDLE
+from .hub import FIDDLE, locate
 from .plugins import plugin
 from .policy import Policy
 from .run import Model
@@ -27,23 +27,23 @@ def load(
     """Open a policy for inference.
 
     ``what``: the embedded base (fiddle), a model folder, a Hub id, an adapter folder (ours or PEFT's) or a run's folder. ``model``: the base
-    of an adapter, where it should not be looked for where the adapter says. ``precision``: float32, bfloat16, or auto: what this machine
-    does fast. ``adapters``: more adapters or runs on the same base, by the names to use them under; that of ``what`` is "default".
+    of an adapter, where it should not be looked for where the adapter says. ``precision``: a kind, or auto: the codes that the model is stored
+    in or the adapter was trained on, else what this machine does fast.
+    ``adapters``: more adapters or runs on the same base, by the names to use them under; that of ``what`` is "default".
     ``use``: what serves: a name, "a+b" for a stack, "none" for the base; default: the adapter of ``what``, or the only one. Raises LuthierError for
     what cannot be found or does not fit, and where several adapters leave open which is meant.
     """
     place = place or plugin("place", "one")()
-    kind = build.fast_precision(place.device)[0] if precision == "auto" else precision
-    stored = plugin("precision", kind)()
     folder = adapter.artefact(Path(what).expanduser())
     if folder is None or not adapter.is_adapter(folder):
         opened = Model(id=str(folder or what), offline=offline)
-        base = build.load(opened, precision=stored, device=place.device)
+        base = build.load(opened, precision=_precision(precision, opened, None, place), device=place.device)
         policy = Policy(base, heads=adapter.heads_of(base, folder) if folder is not None else None)
         policy.objective = adapter.objective_of(folder) if folder is not None else None
     else:
         config, ours = adapter.describe(folder)
-        base = build.load(_base_of(folder, config, ours, model, offline), precision=stored, device=place.device)
+        of = _base_of(folder, config, ours, model, offline)
+        base = build.load(of, precision=_precision(precision, of, adapter.packed_precision(folder), place), device=place.device)
         policy = adapter.load(base, folder)
     for name, where in (adapters or {}).items():
         found = adapter.artefact(Path(where).expanduser())
@@ -58,6 +58,16 @@ def load(
         policy.use(next(iter(policy.deltas)))
     place.put(policy)
     return policy.eval()
+
+
+def _precision(asked: str, model: Model, trained_on: Any, place: Any) -> Any:
+    """The precision to open a base in."""
+    if asked != "auto":
+        return plugin("precision", asked)()
+    stored = codes.stored_in(locate(model, weights=False))
+    if stored is None and trained_on is not None:
+        return trained_on
+    return plugin("precision", stored or build.fast_precision(place.device)[0])()
 
 
 def named(settings: Sequence[str], option: str = "--adapter") -> dict[str, str]:

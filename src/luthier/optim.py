@@ -1,21 +1,38 @@
-"""AdamW over flat fp32 buffers, the optimizer's default learning rate, and weight decay on matrices only.
+"""AdamW over flat fp32 buffers, its moments in float32 or in 8 bits; the default learning rate; weight decay on matrices only.
 
 Everything trained lies end to end in one master buffer per group, gradients likewise, so a step is one fused call and a norm is one
 reduction. A parameter that is float32 becomes a view into the master. One in 16 bits (full fine-tuning under bfloat16) keeps its own storage:
 its gradient is added to the fp32 buffer as it appears, so accumulation loses nothing, and the new value is rounded from the master.
+
+Moments in 8 bits (Dettmers et al., 2022, arXiv 2110.02861) take 2 bytes a trained number instead of 8: in blocks of 256 of one tensor, by bitsandbytes' kernel.
+Small tensors, and those that are named (the paper's choice is embeddings), keep theirs in float32.
 """
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from importlib.util import find_spec
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from .core import LuthierError, Method
+
+State = Literal["float32", "8bit", "paged-8bit"]
+SMALL = 4096  # a tensor of fewer numbers keeps its moments in float32, as in bitsandbytes
+
+
+def state_for(asked: State, device: torch.device) -> tuple[State, str | None]:
+    """The state of the moments that this machine can keep, and where it is not the one that was asked for, what to say of it."""
+    if asked == "float32":
+        return asked, None
+    missing = None if find_spec("bitsandbytes") else "bitsandbytes is not installed (pip install 'luthier[quant]')"
+    missing = missing if device.type == "cuda" else "its kernels want a CUDA device, and this run is on " + device.type
+    return (asked, None) if missing is None else ("float32", f"optim.state: {asked} was asked for, and moments are kept in float32: {missing}")
 
 
 @dataclass
@@ -26,6 +43,8 @@ class _Group:
     grad: Tensor
     slices: list[slice]
     lr_factor: float
+    settings: dict[str, Any]  # of the optimizer that moves it
+    pieces: list[Tensor] | None  # moments in 8 bits: the master, one view a tensor
 
 
 class Optimizer:
@@ -40,27 +59,33 @@ class Optimizer:
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         patterns: Mapping[str, Mapping[str, float]] | None = None,
+        state: State = "float32",
+        precise: Collection[str] = (),
     ):
         """``patterns``: regular expression over a parameter's name -> {"lr": factor, "decay": factor}; the first that is found counts.
 
-        {"rate": r} instead of "lr": a peak of r whatever ``lr`` is; it follows the same schedule.
+        {"rate": r} instead of "lr": a peak of r whatever ``lr`` is; it follows the same schedule. ``state``: of the moments, see `state_for`; on the CPU
+        8 bits work and are slow. ``precise``: names whose moments stay in float32. Raises LuthierError where bitsandbytes is needed and missing.
         """
         if not params:
             raise LuthierError("nothing to train: the method marked no parameter")
         self.lr = lr
         self.seen: set[str] = set()  # names that have received a gradient
-        sorted_out: dict[tuple[float, float], list[str]] = {}
+        sorted_out: dict[tuple[float, float, bool], list[str]] = {}
         for name, p in params.items():
             rule = next((r for pattern, r in (patterns or {}).items() if re.search(pattern, name)), {})
             decay = weight_decay * rule.get("decay", 1.0) if p.ndim >= 2 else 0.0
             factor = rule["rate"] / lr if "rate" in rule else rule.get("lr", 1.0)
-            sorted_out.setdefault((factor, decay), []).append(name)
-        self.groups = [self._group(names, [params[n] for n in names], factor) for (factor, _), names in sorted_out.items()]
+            small = state == "float32" or p.numel() < SMALL or name in precise
+            sorted_out.setdefault((factor, decay, not small), []).append(name)
+        self.groups = [self._group(names, [params[n] for n in names], *kind) for kind, names in sorted_out.items()]
         device = self.groups[0].master.device.type
-        settings = [{"params": [g.master], "weight_decay": decay} for g, (_, decay) in zip(self.groups, sorted_out, strict=True)]
-        self.adam = torch.optim.AdamW(settings, lr=lr, betas=betas, eps=eps, fused=device in ("cpu", "cuda"))
+        exact = [g.settings for g in self.groups if g.pieces is None]
+        coded = [g.settings for g in self.groups if g.pieces is not None]
+        self.adam = torch.optim.AdamW(exact, lr=lr, betas=betas, eps=eps, fused=device in ("cpu", "cuda")) if exact else None
+        self.adam8 = _adam8(coded, paged=state == "paged-8bit", lr=lr, betas=betas, eps=eps) if coded else None
 
-    def _group(self, names: list[str], params: list[nn.Parameter], lr_factor: float) -> _Group:
+    def _group(self, names: list[str], params: list[nn.Parameter], lr_factor: float, decay: float, coded: bool) -> _Group:
         ends = torch.tensor([p.numel() for p in params]).cumsum(0).tolist()
         slices = [slice(e - p.numel(), e) for e, p in zip(ends, params, strict=True)]
         device = params[0].device
@@ -75,7 +100,10 @@ class Optimizer:
             else:
                 p.register_post_accumulate_grad_hook(lambda p, name=name, into=grad[s]: self._collect(p, name, into))
         master.grad = grad
-        return _Group(names, params, master, grad, slices, lr_factor)
+        pieces = [master[s] for s in slices] if coded else None
+        for piece, s in zip(pieces or (), slices, strict=False):
+            piece.grad = grad[s]
+        return _Group(names, params, master, grad, slices, lr_factor, {"params": pieces or [master], "weight_decay": decay}, pieces)
 
     def _collect(self, p: Tensor, name: str, into: Tensor) -> None:
         assert p.grad is not None
@@ -85,8 +113,8 @@ class Optimizer:
 
     def set_lr(self, lr: float) -> None:
         """The learning rate of the next step, before the groups' factors."""
-        for group, settings in zip(self.groups, self.adam.param_groups, strict=True):
-            settings["lr"] = lr * group.lr_factor
+        for group in self.groups:
+            group.settings["lr"] = lr * group.lr_factor
 
     def grad_norm(self) -> Tensor:
         """Euclidean norm over all gradients, a scalar tensor."""
@@ -99,7 +127,9 @@ class Optimizer:
 
     def step(self) -> None:
         """Move the masters, then round what is kept in 16 bits."""
-        self.adam.step()
+        for adam in (self.adam, self.adam8):
+            if adam is not None:
+                adam.step()
         for g in self.groups:
             for p, s in zip(g.params, g.slices, strict=True):
                 if p.dtype != torch.float32:
@@ -111,9 +141,15 @@ class Optimizer:
             g.grad.zero_()
 
     @property
+    def master_bytes(self) -> int:
+        """Bytes of the masters."""
+        return sum(4 * g.master.numel() for g in self.groups)
+
+    @property
     def state_bytes(self) -> int:
         """Bytes of what `state_dict` holds."""
-        return sum(3 * 4 * g.master.numel() for g in self.groups)
+        exact = sum(8 * g.master.numel() for g in self.groups if g.pieces is None)
+        return self.master_bytes + exact + sum(2 * p.numel() + 8 * -(-p.numel() // 256) for g in self.groups for p in g.pieces or ())
 
     def masters(self) -> dict[str, Tensor]:
         """fp32 values by name, as views in the parameters' shapes."""
@@ -129,28 +165,77 @@ class Optimizer:
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors (masters and both moments by name) and the step count: everything to go on from."""
-        tensors, step = {}, 0.0
-        for g, settings in zip(self.groups, self.adam.param_groups, strict=True):
-            state = self.adam.state.get(settings["params"][0], {})
-            step = float(state["step"]) if state else 0.0
-            for name, p, s in zip(g.names, g.params, g.slices, strict=True):
+        tensors = {}
+        for g in self.groups:
+            states = self._states(g)
+            for i, (name, p, s) in enumerate(zip(g.names, g.params, g.slices, strict=True)):
                 tensors[f"master|{name}"] = g.master[s].view(p.shape)
-                for key in ("exp_avg", "exp_avg_sq"):
-                    tensors[f"{key}|{name}"] = state[key][s].view(p.shape) if state else torch.zeros(p.shape)
-        return tensors, {"step": step}
+                if g.pieces is not None:  # codes are only there after a step
+                    tensors |= {f"{k}|{name}": states[i][k] for k in _CODED if states[i]}
+                else:
+                    tensors |= {f"{k}|{name}": states[0][k][s].view(p.shape) if states[0] else torch.zeros(p.shape) for k in _EXACT}
+        first = self._states(self.groups[0])[0]
+        return tensors, {"step": float(first["step"]) if first else 0.0}
+
+    def _states(self, g: _Group) -> list[dict[str, Any]]:
+        """What the optimizer keeps for each tensor it moves: one for a whole master, or one for each piece; {} before the first step."""
+        adam: Any = self.adam if g.pieces is None else self.adam8
+        return [adam.state.get(t, {}) for t in g.settings["params"]]
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
-        """Continue where `state_dict` was taken. Raises LuthierError where the trained parameters are not the same."""
+        """Continue where `state_dict` was taken. Raises LuthierError where the trained parameters, or how their moments are kept, are not the same."""
         want, have = {n for g in self.groups for n in g.names}, {k.partition("|")[2] for k in tensors}
         if want != have:
             odd = sorted(want ^ have)
             raise LuthierError(f"this checkpoint trains other parameters: {len(odd)} differ, for example {odd[0]!r}")
+        self._same_state(tensors, scalars)
         self.load_masters({n: tensors[f"master|{n}"] for n in want})
-        for g, settings in zip(self.groups, self.adam.param_groups, strict=True):
-            flat = {k: torch.cat([tensors[f"{k}|{n}"].flatten() for n in g.names]).to(g.master.device) for k in ("exp_avg", "exp_avg_sq")}
+        for g in self.groups:
+            if g.pieces is not None:
+                self._load_coded(g, tensors, scalars)
+                continue
+            flat = {k: torch.cat([tensors[f"{k}|{n}"].flatten() for n in g.names]).to(g.master.device) for k in _EXACT}
             # The fused kernel keeps its step count beside the moments, as a tensor.
             step = torch.tensor(scalars["step"], device=g.master.device if g.master.device.type == "cuda" else "cpu")
-            self.adam.state[settings["params"][0]] = {"step": step, **flat}
+            assert self.adam is not None
+            self.adam.state[g.master] = {"step": step, **flat}
+
+    def _same_state(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
+        for g in self.groups:
+            keys = _EXACT if g.pieces is None else _CODED if scalars["step"] else ()
+            for name in g.names:
+                if any(f"{k}|{name}" not in tensors for k in keys):
+                    there, here = ("8 bits", "float32") if g.pieces is None else ("float32", "8 bits")
+                    raise LuthierError(
+                        f"this checkpoint keeps the moments of {name!r} in {there}, and this run keeps them in {here}; resume it with the optim.state it was "
+                        "trained with, on a machine that can keep that (CUDA and bitsandbytes for 8 bits)"
+                    )
+
+    def _load_coded(self, g: _Group, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
+        assert self.adam8 is not None and g.pieces is not None
+        at = next(i for i, settings in enumerate(self.adam8.param_groups) if settings is g.settings)
+        for i, (name, piece) in enumerate(zip(g.names, g.pieces, strict=True)):
+            self.adam8.state.pop(piece, None)
+            if scalars["step"]:
+                self.adam8.init_state(g.settings, piece, at, i)  # makes the buffers, paged ones too
+                state = self.adam8.state[piece]
+                state["step"] = int(scalars["step"])
+                for key in _CODED:
+                    state[key].copy_(tensors[f"{key}|{name}"])
+
+
+_EXACT = ("exp_avg", "exp_avg_sq")  # torch's names of the moments
+_CODED = ("state1", "state2", "absmax1", "absmax2")  # bitsandbytes': codes, and the largest of each block
+
+
+def _adam8(groups: list[dict[str, Any]], *, paged: bool, **how: Any) -> Any:
+    """bitsandbytes' AdamW with moments in 8 bits. ``paged``: in CUDA's managed memory, which moves to the CPU's where it must."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional package on import
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise LuthierError("optim.state: moments in 8 bits need bitsandbytes; pip install 'luthier[quant]', or use optim.state=float32") from None
+    return AdamW8bit(groups, is_paged=paged, min_8bit_size=SMALL, **how)
 
 
 def default_lr(method: Method, width: int) -> tuple[float, str]:

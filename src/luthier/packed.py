@@ -106,6 +106,12 @@ def replace(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
         setattr(model.get_submodule(parent), leaf, module)
 
 
+def dequantise(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give a model ordinary linears that hold the stored values, rounded to ``dtype``; edits stay where they are."""
+    for path, module in [(p, m) for p, m in model.named_modules() if isinstance(m, PackedLinear)]:
+        replace(model, {path: unpacked(module, dtype)})
+
+
 def unpacked(module: PackedLinear, dtype: torch.dtype) -> nn.Module:
     """The ordinary linear (GPT-2's Conv1D where it was one) that holds the stored weight, rounded to ``dtype``."""
     weight = module.dense(dtype)

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import counts
+from .anatomy import numbers
 from .plugins import kind_of
 
 if TYPE_CHECKING:
@@ -48,9 +49,13 @@ class Reporter:
 
     def base(self, base: Base) -> None:
         """The base model and what was probed on it."""
-        whole = sum(p.numel() for p in base.model.parameters())
         dtype = str(next(base.model.parameters()).dtype).removeprefix("torch.")
-        self.head(f"base {base.source}: {base.anatomy.family}, {whole:,} parameters in {dtype}, {base.max_positions:,} positions, {base.hash}")
+        stored = f"{kind_of(base.precision)} and {dtype}" if base.storage else dtype
+        self.head(f"base {base.source}: {base.anatomy.family}, {numbers(base.model):,} parameters in {stored}, {base.max_positions:,} positions, {base.hash}")
+        if base.storage:
+            self.note(f"stored: {base.storage}")
+            for said in base.precision.notes(base.model.device) if hasattr(base.precision, "notes") else ():
+                self.note(said)
         p = base.probes
         if p:
             alone = "one example a row" if base.anatomy.kind == "encoder_decoder" else "one example a row (packing would leak)"

@@ -30,6 +30,8 @@ class Model:
     """Run Python code that comes with the model. Off unless you ask."""
     dropout: Annotated[float | None, Range(0, 1)] = None
     """Dropout inside the base. Default: 0 for a frozen base, the model's own for full fine-tuning."""
+    cache: Literal["auto", "yes", "no"] = "auto"
+    """Keep a base that was quantised on disk, so that it opens at once the next time. auto: from 500 million parameters up."""
     template: str | None = None
     """Chat template: a name (chatml, alpaca, plain, ...) or a .jinja file. Default: the model's own."""
 
@@ -100,6 +102,8 @@ class Optim:
     """AdamW beta 2."""
     eps: Annotated[float, Range(0, low_open=True)] = 1e-8
     """AdamW epsilon."""
+    state: Literal["float32", "8bit", "paged-8bit"] = "float32"
+    """How AdamW keeps its moments. 8bit: in a quarter of the memory (CUDA, bitsandbytes); paged-8bit: the same, moving to the CPU's memory where it must."""
     clip: Annotated[float, Range(0)] = 1.0
     """Largest gradient norm; 0: no clipping."""
 

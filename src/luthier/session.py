@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import save_file
 
 from . import __version__, adapter, atomic, build, checkpoint, config, counts, vocabulary
+from .anatomy import modules
 from .core import LuthierError
 from .crafting import choose
 from .data.feed import Batches
@@ -31,7 +32,7 @@ from .errors import Interrupted
 from .log import Log
 from .measure import Measures, Scorer
 from .nn.schedule import factor
-from .optim import Optimizer, default_lr
+from .optim import Optimizer, default_lr, state_for
 from .plugins import kind_of
 from .policy import Policy
 from .progress import Reporter
@@ -140,8 +141,18 @@ class Session:
         o = self.run.optim
         assert self.policy.delta is not None
         if self.steps:
+            kept, note = state_for(o.state, run.place.device)
+            if note:
+                say.note(note)
             self.optimizer = Optimizer(
-                self.policy.trained(), lr=lr, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay, patterns=self.policy.delta.optim
+                self.policy.trained(),
+                lr=lr,
+                betas=(o.beta1, o.beta2),
+                eps=o.eps,
+                weight_decay=o.weight_decay,
+                patterns=self.policy.delta.optim,
+                state=kept,
+                precise={f"{p}:weight" for p, m in modules(self.policy.lm) if isinstance(m, torch.nn.Embedding)},
             )
         self.scorer = Scorer(self.policy, self.objective, prepared, self.run, packed=self.packed)
         self.progress = Progress()
@@ -293,7 +304,7 @@ class Session:
 
     def _check_disk(self) -> None:
         one = checkpoint.size(self.policy, self.optimizer)
-        best = self.optimizer.state_bytes // 3
+        best = self.optimizer.master_bytes
         need = one * (self.run.checkpoint.keep + 1) + 2 * best
         free = shutil.disk_usage(self.folder).free
         self.say.note(f"checkpoints: {_bytes(one)} each, {self.run.checkpoint.keep} kept; {_bytes(need)} of disk needed at most, {_bytes(free)} free")

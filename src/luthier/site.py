@@ -142,6 +142,8 @@ class Site(nn.Module):
     def fold(self, name: str) -> None:
         """Write one edit into the base's weight and forget it. Adds in fp32. Raises Incompatible where the edit cannot fold."""
         weight = self.base.weight
+        if weight is None:
+            raise Incompatible("this weight is stored in codes, which nothing can be added to; luthier merge writes such a base out in floats first")
         transposed = type(self.base).__name__ == "Conv1D"  # GPT-2 keeps (in, out)
         dense = weight.t() if transposed else weight
         folded = self.edits[name].fold(dense.float())  # type: ignore[operator]

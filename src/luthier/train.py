@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 
-from .core import Feed, Objective, Place
+from .core import Coupled, Feed, Objective, Place
 from .optim import Optimizer
 from .policy import Policy
 
@@ -57,6 +58,8 @@ def train(
         units = {k: place.mean(n) for k, n in counts.items()}  # ranks average gradients, so each divides by the mean count
         sums: dict[str, list[torch.Tensor]] = {k: [] for k in objective.terms}
         seen: dict[str, list[torch.Tensor]] = {}
+        if objective.couples:
+            cast(Coupled, objective).couple(policy, [b.to(place.device) for b in micro_batches], place.mean)
         for batch in micro_batches:
             loss = objective.loss(policy, batch.to(place.device))
             parts = [w * loss.sums[k] / units[k] for k, w in objective.terms.items() if units[k] and k in loss.sums]

@@ -9,26 +9,11 @@ from luthier.core import Incompatible
 from luthier.methods.dora import DoraEdit, Method, row_norms
 
 
-class Coded(nn.Module):
-    """A linear whose weight is codes and a scale for each row: what packed bases look like from outside."""
-
-    def __init__(self, n_in, n_out, bias):
-        super().__init__()
-        g = torch.Generator().manual_seed(0)
-        self.in_features, self.out_features = n_in, n_out
-        self.register_buffer("codes", torch.randint(-7, 8, (n_out, n_in), generator=g, dtype=torch.int8))
-        self.register_buffer("scales", torch.rand(n_out, 1, generator=g) + 0.1)
-        self.bias = nn.Parameter(torch.randn(n_out, generator=g)) if bias else None
-
-    @property
-    def weight(self):
-        return self.codes
-
-    def dense(self):
-        return self.codes.float() * self.scales
-
-    def forward(self, x):
-        return nn.functional.linear(x, self.dense().to(x.dtype), self.bias)
+def coded(n_in, n_out, bias):
+    g = torch.Generator().manual_seed(0)
+    out = tiny.ByRow(n_in, n_out, nn.Parameter(torch.randn(n_out, generator=g)) if bias else None)
+    out.write(torch.randn(n_out, n_in, generator=g))
+    return out
 
 
 def random(edit):
@@ -39,18 +24,19 @@ def random(edit):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("width", [20, 700])  # the second is read in three parts
+@pytest.mark.parametrize("width", [20, 700])
 def test_norms_and_output_are_those_of_the_dense_formula_on_a_weight_in_codes(bias, width):
-    module = Coded(width, 9, bias)
-    torch.testing.assert_close(row_norms(module, torch.float32), module.dense().norm(dim=1), atol=1e-4, rtol=1e-5)
+    module = coded(width, 9, bias)
+    dense = module.values(torch.float32)
+    torch.testing.assert_close(row_norms(module, torch.float32), dense.norm(dim=1), atol=1e-4, rtol=1e-5)
     edit = random(DoraEdit(module, 3, 0.7, 0.0, torch.float32))
-    changed = module.dense() + 0.7 * edit.lora_B @ edit.lora_A
+    changed = dense + 0.7 * edit.lora_B @ edit.lora_A
     torch.testing.assert_close(edit.norms(), changed.norm(dim=1), atol=1e-4, rtol=1e-5)
     x = torch.randn(2, 5, width, generator=torch.Generator().manual_seed(1))
     m = edit.magnitude / changed.norm(dim=1)
     want = torch.stack([torch.stack([m * (changed @ t) + (0 if module.bias is None else module.bias) for t in row]) for row in x])
     torch.testing.assert_close(edit.after(x, module(x)), want, atol=2e-3, rtol=1e-4)
-    torch.testing.assert_close(edit.fold(module.dense()), m[:, None] * changed, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(edit.fold(dense), m[:, None] * changed, atol=1e-3, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -7,7 +7,6 @@ import shutil
 
 import pytest
 import torch
-from torch import nn
 
 import tiny
 from luthier import adapter
@@ -110,25 +109,10 @@ def test_what_matches_nothing_is_an_error_that_says_what_there_is():
         Method(last_blocks=0)
 
 
-class Packed(nn.Module):
-    """A linear whose weight is held as codes."""
-
-    def __init__(self, linear):
-        super().__init__()
-        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
-        self.register_buffer("codes", torch.zeros(linear.out_features, linear.in_features // 2, dtype=torch.uint8))
-        self.register_buffer("dense", linear.weight.detach(), persistent=False)
-
-    def forward(self, x):
-        return nn.functional.linear(x, self.dense, self.bias)
-
-
 def test_packed_weights_are_refused_by_tensor_and_biases_beside_them_still_train():
-    base = tiny.base("qwen2")
-    for block in base.model.model.layers:
-        block.self_attn.q_proj = Packed(block.self_attn.q_proj)
+    base = tiny.in_codes("qwen2")
     for fields in ({}, {"matching": (r".*\.q_proj\..*",)}):
-        with pytest.raises(Incompatible, match=r"layers\.\d\.self_attn\.q_proj\.weight is packed into uint8 codes.*choose biases or norms"):
+        with pytest.raises(Incompatible, match=r"layers\.\d\.self_attn\.q_proj\.weight is packed into int8 codes.*choose biases or norms"):
             Method(**fields).attach(base, "default")
     policy = attached(base, biases=True)
     assert "model.layers.0.self_attn.q_proj:bias" in policy.delta.params

@@ -18,18 +18,20 @@ from ..errors import Interrupted
 VERBS = {  # written here, so that --help imports nothing
     "demo": "Fine-tune the embedded model on a small task, and say what was gained: the whole program in three minutes.",
     "train": "Fine-tune a model, from a run file or straight from data.",
+    "plan": "Predict what a run trains and how much memory it takes, without weights or data.",
     "eval": "Score a model or an adapter on tasks, beside its base.",
     "generate": "Answer prompts from the command line or a file.",
     "predict": "Label texts with a classifier, as JSON lines.",
     "chat": "Talk to a model in the terminal.",
     "merge": "Write an adapter into its base's weights, as a plain model folder.",
     "combine": "Combine several LoRA adapters of one base into one, by weights.",
+    "quantize": "Store a model in codes of a few bits: GPTQ, fitted to a text, or NF4 or int8.",
     "export": "Write an adapter in the layout of other programs.",
     "data": "Look at training data as the model will see it, before anything is trained.",
     "kinds": "List the methods, objectives, precisions, places and tasks there are.",
     "doctor": "Say whether this machine and its packages are fit, and how fast they are.",
 }
-WITH_SETTINGS = ("train",)  # verbs that take key=value
+WITH_SETTINGS = ("train", "plan")  # verbs that take key=value
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,13 +19,10 @@ import typer
 if TYPE_CHECKING:
     import torch
 
-NEEDED = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy", "yaml", "rich", "typer", "matplotlib", "jinja2", "psutil")
-PACKAGE = {"yaml": "pyyaml", "rouge_score": "rouge-score", "lm_eval": "lm-eval"}  # import name -> name on the index
+NEEDED = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy", "yaml", "rich", "typer", "sacrebleu", "jinja2", "psutil")
+PACKAGE = {"yaml": "pyyaml"}  # import name -> name on the index
 OPTIONAL = {
     "bitsandbytes": "quant",
-    "sacrebleu": "eval",
-    "rouge_score": "eval",
-    "lm_eval": "harness",
     "tensorboard": "loggers",
     "wandb": "loggers",
     "trackio": "loggers",

@@ -54,8 +54,12 @@ def command(
         if copy_from:
             raise LuthierError("--copy-from copies answers, and this model gives labels; the share of the commonest label is what to beat")
         tasks = {"classification": plugin("tasks", "classification")(problem=goal.problem)} | tasks
+    elif goal.renders == "ranked":
+        if copy_from:
+            raise LuthierError("--copy-from copies answers, and this model scores them; preferring the longer answer is what to beat")
+        tasks = {"preference": plugin("tasks", "preference")()} | tasks
     prepared = _prepare(policy, data, template, goal, _columns(column or []))
-    del prepared.validation_records[rows or (len(prepared.validation) if goal.renders == "label" else 500) :]
+    del prepared.validation_records[rows or (len(prepared.validation) if goal.renders in ("label", "ranked") else 500) :]
     columns: dict[str, dict[str, Any]] = {}
     answers: dict[str, list[str]] = {}
     for name in names:
@@ -65,6 +69,9 @@ def command(
         if tasks:
             answers[label] = _answers(policy, prepared, template, max_new)
             columns[label] |= _scores(tasks, prepared, answers[label], seed)
+    if goal.renders == "ranked":
+        answers["longer"] = _lengths(prepared)
+        columns["longer"] = {"accuracy": _scores({"preference": tasks["preference"]}, prepared, answers["longer"], seed)["accuracy"]}
     if copy_from is not None:
         answers["copy"] = _copies(policy, prepared, copy_from, template)
         columns["copy"] = _scores(tasks, prepared, answers["copy"], seed)
@@ -124,8 +131,9 @@ def _losses(policy: Policy, prepared: Any, objective: Any) -> dict[str, Any]:
     pad, packed = policy.base.tokenizer.pad_token_id or 0, policy.base.packs
     groups = group(prepared.validation, 8192, packed)
     losses = loss_on(policy, objective, (objective.collate(g, pad=pad, packed=packed).to(policy.device) for g in groups))
-    unit = "hidden token" if objective.renders == "masked" else next(iter(objective.terms)).removesuffix("s")
-    out: dict[str, Any] = {f"loss per {unit}": Mean(losses.value, losses.n, unit)}
+    term = next(iter(objective.terms))
+    unit = "hidden token" if objective.renders == "masked" else term.removesuffix("s")
+    out: dict[str, Any] = {f"loss per {unit}": Mean(losses.value, losses.counts[term], unit)}
     if objective.renders == "text":
         size = sum(len(policy.base.tokenizer.decode(r.ids[1:], skip_special_tokens=True).encode()) for r in prepared.validation)
         out["bits per byte"] = Mean(losses.bits_per_byte(size), size)
@@ -154,6 +162,15 @@ def _scores(tasks: dict[str, Any], prepared: Any, answers: list[str], seed: int)
     for task in tasks.values():
         out |= score(lambda _: answers, task, task_rows(prepared.validation_records), seed=seed)
     return out
+
+
+def _lengths(prepared: Any) -> list[str]:
+    """Each answer's number of tokens as its score: the reward that a reward model has to beat."""
+    from ..core import examples_of
+    from ..data.rows import sides
+
+    rows = prepared.validation[: len(prepared.validation_records)]
+    return [json.dumps([sum(sides(e)) for e in examples_of(row)]) for row in rows]
 
 
 def _copies(policy: Policy, prepared: Any, source: str, template: str | None) -> list[str]:

@@ -49,7 +49,7 @@ def command(
     result = execute(run, resume=resume, accept_changes=accept_changes, reporter=reporter)
     reporter.result(result)
     where = result.artefact
-    if run.objective.renders == "label":
+    if run.objective.renders in ("label", "ranked"):
         reporter.note(f"try it:      luthier predict {where} FILE    or    luthier eval {where} --data FILE")
     elif run.objective.renders != "masked":
         reporter.note(f'try it:      luthier chat {where}    or    luthier generate {where} --prompt "..."')

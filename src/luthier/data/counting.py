@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ..core import LuthierError, Row
-from . import labels
+from ..core import LuthierError, Row, examples_of
+from . import labels, rankings
 from .formats import Bad
 from .rows import Counts, sides
 
@@ -28,10 +28,10 @@ def refuse_nothing(max_tokens: int, bad: Bad, counts: Counts, facts: Mapping[str
 
 def count(facts: dict[str, Any], train: Sequence[Row], held: Sequence[Row], bad: Bad, counts: Counts) -> None:
     """Add the counts to ``facts``."""
-    lengths = np.array([sum(sides(r)) for r in train])
+    lengths = np.array([sum(sides(e)) for r in train for e in examples_of(r)])
     facts["rows"] = len(train)
     facts["tokens"] = int(lengths.sum())
-    facts["trained_tokens"] = int(sum(int(r.train[1:].sum()) for r in train)) if facts["renders"] != "label" else 0
+    facts["trained_tokens"] = int(sum(int(r.train[1:].sum()) for r in train)) if facts["renders"] not in ("label", "ranked") else 0
     facts["longest"] = int(lengths.max())
     facts["median"] = int(np.median(lengths))
     facts["bad_rows"] = bad.count
@@ -48,6 +48,10 @@ def learned(facts: Mapping[str, Any]) -> str:
     share = facts["trained_tokens"] / facts["tokens"]
     if facts["renders"] == "label":
         return "read; the labels are learned"
+    if facts["renders"] == "ranked":
+        return "read; which answer is better is learned"
+    if facts["renders"] in ("pairs", "judged"):
+        return f"{share:.0%} in the judged answers"
     return f"{share:.0%} may be hidden" if facts["renders"] == "masked" else f"{share:.0%} trained"
 
 
@@ -56,6 +60,9 @@ def say_counts(facts: Mapping[str, Any], say: Say) -> None:
     say(f"{facts['rows']:,} rows, {facts['tokens']:,} tokens, {learned(facts)}; longest {facts['longest']:,}, median {facts['median']:,}")
     if "problem" in facts:
         for line in labels.said(facts, facts["rows"]):
+            say(line)
+    if facts["renders"] in ("ranked", "pairs", "judged"):
+        for line in rankings.said(facts):
             say(line)
     if facts["bad_rows"]:
         say(f"{facts['bad_rows']:,} bad rows skipped; the first: {facts['bad_examples'][0]}")
@@ -73,5 +80,7 @@ def say_counts(facts: Mapping[str, Any], say: Say) -> None:
 def _cut(facts: Mapping[str, Any]) -> str:
     if facts["renders"] == "label":
         return ", the longer text first"
+    if facts["renders"] in ("ranked", "pairs"):
+        return f" in the prompt, the same for all answers of one; {facts['cut_responses']:,} also lost the end of an answer"
     ends = facts["cut_responses"]
     return f", of which {ends:,} also lost the end of the response" if ends else " in the prompt; every response is whole"

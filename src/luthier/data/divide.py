@@ -10,9 +10,10 @@ from typing import Any
 
 from ..core import Row
 from .labels import Labelled, name_of
+from .preferences import Judged
 from .shapes import Chat, Document
 
-Item = Chat | Document | Labelled
+Item = Chat | Document | Labelled | Judged
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Group:
 
 def key(item: Item) -> str:
     """Equal for records that would leak into one another if they were divided: the same text, or the same opening of a conversation."""
+    if isinstance(item, Judged):  # as the conversation of any of its answers: they open alike
+        item = item.chats[0]
     if isinstance(item, Document):
         text = item.text
     elif isinstance(item, Labelled):
@@ -86,7 +89,7 @@ def hold_out(groups: dict[str, Group], share: float, most: int, seed: int) -> di
 
 
 def records(held: Mapping[str, Group]) -> list[Held]:
-    """One record for each held-out prompt, with all answers the data has for it; for labelled texts one for each row, in the rows' order."""
+    """One record for each held-out prompt, with all answers the data has for it; for labelled texts and judged answers one for each row, in the rows' order."""
     out: dict[str, Held] = {}
     for group in held.values():
         for item in group.items:
@@ -95,6 +98,12 @@ def records(held: Mapping[str, Group]) -> list[Held]:
             if isinstance(item, Labelled):
                 references = [] if item.label is None else [name_of(item.label)]
                 out[f"row {len(out)}"] = Held([{"role": "user", "content": "\n".join(item.texts)}], references, None, item.where, item.extras)
+                continue
+            if isinstance(item, Judged):
+                chat, answers = item.chats[0], item.answers()
+                best = [a for a, rank in zip(answers, item.ranks or [0] * len(answers), strict=True) if rank == 0 and item.good is not False]
+                judged = {"answers": answers, "ranks": list(item.ranks), "good": item.good}
+                out[f"row {len(out)}"] = Held(chat.messages[: item.prompt], best, chat.tools, item.where, {**item.extras, **judged})
                 continue
             last = max(i for i, m in enumerate(item.messages) if m["role"] == "assistant")
             asked = json.dumps(item.messages[:last], sort_keys=True)

@@ -32,7 +32,7 @@ def render_labelled(
     for batch in in_batches(items, lambda x: sum(map(len, x.texts))):
         for _, some in groupby(batch, lambda x: len(x.texts)):
             same = list(some)
-            encode = _joined if form.kind == "decoder" else _paired
+            encode = _joined if form.kind == "decoder" else paired
             for item, (ids, types, cut) in zip(same, encode(codec, [x.texts for x in same], max_tokens), strict=True):
                 if cut and over_length == "drop":
                     counts.dropped_long += 1
@@ -52,7 +52,7 @@ def render_labelled(
 Encoded = tuple[np.ndarray, np.ndarray, bool]  # ids, token types, whether something was cut
 
 
-def _paired(codec: Codec, texts: list[tuple[str, ...]], max_tokens: int) -> Iterator[Encoded]:
+def paired(codec: Codec, texts: list[tuple[str, ...]], max_tokens: int) -> Iterator[Encoded]:
     """The tokenizer's own encoding of one text or a pair."""
 
     def encode(some: list[tuple[str, ...]], **how: Any) -> Any:

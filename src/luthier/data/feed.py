@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..core import Batch, LuthierError, Row
-from .rows import sides
+from .rows import sides, widest
 
 Collate = Callable[..., Batch]  # (rows, *, pad, packed)
 
@@ -46,6 +46,7 @@ class Batches:
         self.seed, self.rank, self.size, self.device = seed, rank, size, device
         self.sides = np.fromiter((n for r in rows for n in sides(r)), dtype=np.int64, count=2 * len(rows)).reshape(-1, 2)
         self.lengths = self.sides.sum(1)
+        self.widest = np.array([widest(r) for r in rows], dtype=np.int64)
         self.total_rows = None if steps is not None else max(1, round(epochs * len(rows)))
         self.epoch, self.offset, self.step = 0, 0, 0  # where the next step begins
         self._order, self._sums = self._plan(0)
@@ -130,14 +131,15 @@ class Batches:
 
     def _cut(self, pairs: np.ndarray) -> list[np.ndarray]:
         """Cut rows sorted by length into micro-batches of at most ``micro_tokens`` positions, padding to the longest included, on both sides."""
-        cuts, start, total, longest = [], 0, 0, (0, 0)
-        for i, (own, source) in enumerate(self.sides[pairs[:, 1]].tolist()):
-            longest = max(longest[0], own), max(longest[1], source)
-            width = total + own + source if self.packed else (i - start + 1) * sum(longest)
+        cuts, start, total, examples, longest = [], 0, 0, 0, (0, 0)
+        for i, row in enumerate(pairs[:, 1].tolist()):
+            n, own, source = self.widest[row].tolist()
+            examples, longest = examples + n, (max(longest[0], own), max(longest[1], source))
+            width = total + int(self.lengths[row]) if self.packed else examples * sum(longest)
             if i > start and width > self.micro_tokens:
                 cuts.append(pairs[start:i])
-                start, total, longest = i, 0, (own, source)
-            total += own + source
+                start, total, examples, longest = i, 0, n, (own, source)
+            total += int(self.lengths[row])
         return [*cuts, pairs[start:]] if len(pairs) else []
 
     # --- going on ---

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from ..core import LuthierError, Renders, Row
 from . import labels as labelling
+from . import rankings
 from .answers import Renderer
 from .convert import convert
 from .counting import Say, count, refuse_nothing, say_counts
@@ -17,6 +19,7 @@ from .divide import Group, Held, Item, choose, hold_out, key, records
 from .encode import render_labelled, render_masked
 from .formats import Bad, Record, read_file
 from .labels import Labelled, Problem, convert_labelled, detect_labelled
+from .preferences import Judged, convert_preferences, detect_preferences
 from .render import render_chats, render_chats_as_text, render_texts
 from .rows import Counts, Dropped, Form, OverLength
 from .seq2seq import render_answers
@@ -24,6 +27,7 @@ from .shapes import LOOK_AT, Chat, Document, Shape, detect
 from .sources import files_of, read, splits_of
 
 DECODER = Form()
+PREFERENCES = ("ranked", "pairs", "judged")
 
 
 @dataclass
@@ -82,7 +86,7 @@ def prepare(
     """
     if not sources:
         raise LuthierError("no training data: set data.train to a file, a folder or a Hub data set id.")
-    if renders == "chat" and over_length == "split":
+    if renders in ("chat", *PREFERENCES) and over_length == "split":
         raise LuthierError("data.over_length=split is for raw text: half a conversation teaches nothing. Use truncate (cuts the prompt) or drop.")
     how = _Reading(
         renderer=Renderer(tokenizer, template, train_on), renders=renders, form=form, shape=shape, columns=columns or {}, split=split, max_tokens=max_tokens,
@@ -115,8 +119,12 @@ def prepare(
     if fitted is not None:
         given = [item.label for g in groups.values() for item in g.items if isinstance(item, Labelled) and item.label is not None]
         facts |= labelling.counted(given, fitted)
+    if renders in PREFERENCES:
+        facts |= rankings.counted(train, renders)
     count(facts, train, held_rows, bad, counts)
     say_counts(facts, say)
+    if renders == "judged":
+        train, held_rows = (rankings.with_others(rows, max_tokens=max_tokens, seed=seed) for rows in (train, held_rows))
     return Prepared(train, held_rows, records(held), facts)
 
 
@@ -155,6 +163,8 @@ def _open(sources: Sequence[str], how: _Reading, bad: Bad, facts: dict[str, Any]
             shapes[name] = str(shape)
             how.say(f"{name}: {shape}")
             into: Callable[[Record, Shape, Bad], Sequence[Item]] = convert_labelled if how.renders == "label" else convert
+            if how.renders in PREFERENCES:
+                into = partial(convert_preferences, renders=how.renders)
             for record in chain(first, there):
                 yield from into(record, shape, bad)
 
@@ -164,6 +174,12 @@ def _shape(first: Sequence[Record], name: str, how: _Reading) -> Shape:
         if how.shape not in ("auto", "label"):
             raise LuthierError(f"data.shape={how.shape}: objective classify reads labelled texts; leave the shape out, or set data.shape=label.")
         return detect_labelled(first, columns=how.columns)
+    if how.renders in PREFERENCES:
+        if how.shape != "auto":
+            raise LuthierError(
+                f"data.shape={how.shape}: this objective reads judged answers, whose shape is found by itself; leave it out, or set data.columns."
+            )
+        return detect_preferences(first, renders=how.renders, columns=how.columns)
     if how.shape == "label":
         raise LuthierError("data.shape=label: labelled texts are for objective: classify; set it, or leave the shape out.")
     shape = detect(first, shape=how.shape, columns=how.columns)
@@ -196,7 +212,7 @@ def _groups(items: Iterator[Item], how: _Reading, bad: Bad, counts: Counts, fact
     seen = 0
     for item, rows in _rendered(islice(items, limit), how, bad, counts, facts):
         seen += 1
-        rows = [r for r in rows if (r.train if how.renders == "label" else r.train[1:]).any()]
+        rows = [r for r in rows if (r.train if how.renders in ("label", "ranked") else r.train[1:]).any()]
         if not rows:
             continue
         group = groups.setdefault(key(item), Group())
@@ -213,6 +229,12 @@ def _rendered(items: Iterator[Item], how: _Reading, bad: Bad, counts: Counts, fa
     if how.renders == "label":
         yield from render_labelled(cast(Iterator[Labelled], items), codec, how.form, **how_much)
         return
+    if how.renders in PREFERENCES:
+        _say_template(how, facts)
+        made = rankings.render_preferences(cast(Iterator[Judged], items), how.renderer, how.form, renders=how.renders, **how_much)
+        for item, row in made:
+            yield item, _or_bad(row, bad)
+        return
     if how.renders == "masked":
         yield from render_masked(map(_as_text, cast(Iterator[Chat | Document], items)), codec, how.form, **how_much)
         return
@@ -222,14 +244,23 @@ def _rendered(items: Iterator[Item], how: _Reading, bad: Bad, counts: Counts, fa
                 counts.note("the tokenizer has no end-of-sequence token: documents end without one")
             yield from render_texts(cast(Iterator[Document], some), codec, **how_much)
             continue
-        template = how.renderer.template
-        if facts.get("template") is None:
-            facts["template"] = template.name
-            how.say(template.note or f"chat template: {template.name}")
-        for chat, made in _chats(cast(Iterator[Chat], some), how, how_much):
-            if isinstance(made, Dropped) and made.bad:
-                bad.add(made.where, made.reason, "Set model.template to one that can render it (plain, chatml, ...)")
-            yield chat, [] if isinstance(made, Dropped) else [made] if isinstance(made, Row) else made
+        _say_template(how, facts)
+        for chat, rows in _chats(cast(Iterator[Chat], some), how, how_much):
+            yield chat, _or_bad(rows, bad)
+
+
+def _say_template(how: _Reading, facts: dict[str, Any]) -> None:
+    template = how.renderer.template
+    if facts.get("template") is None:
+        facts["template"] = template.name
+        how.say(template.note or f"chat template: {template.name}")
+
+
+def _or_bad(made: Row | list[Row] | Dropped, bad: Bad) -> list[Row]:
+    """The rows; none where the record was dropped, which is reported where the record or the template is at fault."""
+    if isinstance(made, Dropped) and made.bad:
+        bad.add(made.where, made.reason, "Set model.template to one that can render it (plain, chatml, ...)")
+    return [] if isinstance(made, Dropped) else [made] if isinstance(made, Row) else made
 
 
 def _chats(chats: Iterator[Chat], how: _Reading, how_much: dict[str, Any]) -> Iterator[tuple[Chat, Any]]:

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..core import Row
-from . import labels
+from ..core import Row, examples_of
+from . import labels, rankings
 from .counting import learned
 
 OPEN, CLOSE = "⟦", "⟧"  # around trained tokens where there is no colour
@@ -30,12 +30,14 @@ def counts_table(facts: Mapping[str, Any]) -> Table:
     table.add_row("records", f"{facts['records']:,}")
     table.add_row("rows", f"{facts['rows']:,} to train, {facts['validation']['rows']:,} held out")
     table.add_row("tokens", f"{facts['tokens']:,}")
-    if facts["renders"] in ("text", "chat"):
+    if facts["renders"] in ("text", "chat", "pairs", "judged"):
         table.add_row("trained tokens", f"{facts['trained_tokens']:,} ({facts['trained_tokens'] / facts['tokens']:.0%})")
     else:
         table.add_row("learned", learned(facts))
     for line in labels.said(facts, facts["rows"]) if "problem" in facts else ():
         table.add_row("labels", line)
+    for line in rankings.said(facts) if facts["renders"] in MEANT_OF_ANSWERS else ():
+        table.add_row("judgements", line)
     table.add_row("length of a row", f"median {facts['median']:,}, longest {facts['longest']:,}, limit {facts['max_tokens']:,}")
     table.add_row(f"over length ({facts['over_length']})", _over(facts))
     table.add_row("bad rows", f"{facts['bad_rows']:,}" + "".join(f"\n{line}" for line in facts["bad_examples"]))
@@ -83,7 +85,12 @@ def _part(row: Row, start: int, end: int) -> Row:
     return Row(row.ids[start:end], row.train[start:end], row.where, row.extras)
 
 
-MEANING = {"masked": "tokens that may be hidden", "label": "", "text": "trained tokens", "chat": "trained tokens"}
+MEANT_OF_ANSWERS = {
+    "ranked": "tokens at which an answer's score is read",
+    "pairs": "tokens of the answers, whose log-probabilities are compared,",
+    "judged": "tokens of the answers, whose log-probabilities are learned from,",
+}
+MEANING = {"masked": "tokens that may be hidden", "label": "", "text": "trained tokens", "chat": "trained tokens"} | MEANT_OF_ANSWERS
 
 
 def show(rows: list[Row], tokenizer: Any, facts: Mapping[str, Any], console: Console) -> None:
@@ -93,6 +100,9 @@ def show(rows: list[Row], tokenizer: Any, facts: Mapping[str, Any], console: Con
     if meaning := MEANING[facts["renders"]]:
         console.print(Text(f"\n{meaning} are {'green' if colour else f'between {OPEN} and {CLOSE}'}; the others are read, not learned"))
     for row in rows:
+        if facts["renders"] in MEANT_OF_ANSWERS:
+            _show_answers(row, tokenizer, console, colour=colour)
+            continue
         source, label = row.extras.get("source"), facts["renders"] == "label"
         own = "" if label and isinstance(source, np.ndarray) else f"{len(row):,} tokens, {int(row.train.sum()):,} trained"
         read = f"a source of {len(source):,} tokens" if isinstance(source, np.ndarray) else ""
@@ -104,6 +114,25 @@ def show(rows: list[Row], tokenizer: Any, facts: Mapping[str, Any], console: Con
             console.print(shown(row, tokenizer, colour=colour), soft_wrap=True)
         elif not read:
             console.print(shown(Row(row.ids, np.zeros(len(row), dtype=bool)), tokenizer, colour=colour), soft_wrap=True)
+
+
+def _show_answers(row: Row, tokenizer: Any, console: Console, *, colour: bool) -> None:
+    """Every answer with its prompt, and how it was judged."""
+    examples, ranks, margin = examples_of(row), row.extras["ranks"], row.extras["margin"]
+    console.print(Text(f"\n--- {row.where}: {len(ranks) or 1} answers" + (f", margin {margin:g}" if margin else ""), style="bold"))
+    for i, example in enumerate(examples):
+        if not ranks:
+            said = ("good" if row.extras["good"] else "bad") if i == 0 else "an answer to another prompt: the divergence from the reference is measured on it"
+        else:
+            tied = ranks.count(ranks[i]) > 1
+            said = f"place {ranks[i] + 1} of {max(ranks) + 1}{', tied' if tied else ''}" if len(ranks) > 2 or tied else ("better", "worse")[i]
+        source = example.extras.get("source")
+        marked = f"{len(example):,} tokens, {int(example.train.sum()):,} marked"
+        read = f"a source of {len(source):,} tokens, " if isinstance(source, np.ndarray) else ""
+        console.print(Text(f"{said}: {read}{marked}", style="italic"))
+        if isinstance(source, np.ndarray):
+            console.print(shown(Row(source, np.zeros(len(source), dtype=bool)), tokenizer, colour=colour), soft_wrap=True)
+        console.print(shown(example, tokenizer, colour=colour), soft_wrap=True)
 
 
 def _label(row: Row, facts: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from ..core import LuthierError, Row
+from ..core import LuthierError, Row, examples_of
 
 Kind = Literal["decoder", "encoder", "encoder_decoder"]
 OverLength = Literal["drop", "truncate", "split"]
@@ -55,6 +55,12 @@ def sides(row: Row) -> tuple[int, int]:
     """Tokens of a row's own side, and of its source (0 but for encoder-decoders): both take memory and time."""
     source = row.extras.get("source")
     return len(row), len(source) if isinstance(source, np.ndarray) else 0
+
+
+def widest(row: Row) -> tuple[int, int, int]:
+    """(examples, the longest one's own tokens, the longest source): what padding a row to a rectangle takes."""
+    found = [sides(e) for e in examples_of(row)]
+    return len(found), max(own for own, _ in found), max(source for _, source in found)
 
 
 def text_rows(ids: np.ndarray, where: str, max_tokens: int, over_length: OverLength, counts: Counts) -> list[Row]:

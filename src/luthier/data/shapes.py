@@ -177,10 +177,14 @@ def _refuse_judged(record: Record) -> None:
     """Preference and KTO data look like demonstrations, and half of them are bad answers."""
     fields = record.fields
     if "chosen" in fields and "rejected" in fields:
-        raise _judged(record, "preference pairs (chosen, rejected)", "data.columns={prompt: prompt, completion: chosen} (or data.shape)")
+        raise _judged(
+            record,
+            "preference pairs (chosen, rejected)",
+            "objective: dpo, orpo or reward, or data.columns={prompt: prompt, completion: chosen} (or data.shape)",
+        )
     flag = next((k for k in ("label", "kto_tag") if isinstance(fields.get(k), bool)), None)
     if flag and "text" not in fields:
-        raise _judged(record, f"judged answers ({flag} true or false)", "a file of the good ones, or set data.shape to train on all of them")
+        raise _judged(record, f"judged answers ({flag} true or false)", "objective: kto, or a file of the good ones, or set data.shape to train on all of them")
 
 
 def _judged(record: Record, what: str, do: str) -> LuthierError:

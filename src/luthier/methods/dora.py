@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..anatomy import features
 from ..core import Base, Incompatible
 from ..lowrank import Pair
 from ..lowrank import from_peft as pairs_of
+from ..packed import PackedLinear
 from . import lora
 
 
@@ -94,17 +94,6 @@ class Method(lora.Method):
 
 @torch.no_grad()
 def row_norms(module: nn.Module, dtype: torch.dtype) -> Tensor:
-    """(out,) fp32 norms of the rows of a linear's weight. A weight that is stored in codes is read by applying the module to unit vectors."""
-    weight: Any = getattr(module, "weight", None)
-    if isinstance(weight, Tensor) and weight.is_floating_point() and weight.dim() == 2:
-        return torch.linalg.vector_norm(weight, dim=0 if type(module).__name__ == "Conv1D" else 1, dtype=torch.float32)
-    n_in, n_out = features(module)
-    bias: Any = getattr(module, "bias", None)
-    device = next(module.buffers() if weight is None else iter([weight])).device
-    total = torch.zeros(n_out, device=device)
-    for start in range(0, n_in, 256):
-        units = torch.zeros(min(256, n_in - start), n_in, dtype=dtype, device=device)
-        units[:, start:].fill_diagonal_(1.0)
-        columns = module(units) if bias is None else module(units) - bias
-        total += columns.float().square().sum(0)
-    return total.sqrt()
+    """(out,) fp32 norms of the rows of a linear's weight; of codes, of the values they are computed with."""
+    weight: Any = module.dense(dtype) if isinstance(module, PackedLinear) else module.weight
+    return torch.linalg.vector_norm(weight, dim=0 if type(module).__name__ == "Conv1D" else 1, dtype=torch.float32)

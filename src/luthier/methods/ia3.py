@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ..anatomy import features
+from ..anatomy import device_of, features
 from ..core import Base, Delta, Incompatible
 from ..layout import TOP, common, exactly, without
 from ..outputs import at_sites
@@ -31,7 +31,7 @@ class Rescale(Edit):
         super().__init__()
         self.on_input = on_input
         n_in, n_out = features(module)
-        self.vector = nn.Parameter(torch.ones(n_in if on_input else n_out, device=module.weight.device))  # type: ignore[arg-type]
+        self.vector = nn.Parameter(torch.ones(n_in if on_input else n_out, device=device_of(module)))
 
     def before(self, x: Tensor) -> Tensor:
         return x * self.vector.to(x.dtype) if self.on_input else x

@@ -24,7 +24,7 @@ from torch.nn.functional import dropout as drop
 from torch.nn.functional import embedding as look_up
 from torch.nn.functional import linear
 
-from ..anatomy import features
+from ..anatomy import dense_weight, device_of, features
 from ..core import Base, Delta, Incompatible, LuthierError
 from ..layout import common, uses
 from ..lowrank import Pair, best, by_place, fields_of, from_peft, places, to_peft
@@ -39,7 +39,7 @@ class LoraEdit(Edit):
     def __init__(self, module: nn.Module, rank: int, scale: float, dropout: float = 0.0):
         super().__init__()
         n_in, n_out = features(module)
-        device: Any = module.weight.device
+        device = device_of(module)
         self.scale, self.dropout = scale, dropout
         self.lora_A = nn.Parameter(torch.empty(rank, n_in, device=device))
         self.lora_B = nn.Parameter(torch.zeros(n_out, rank, device=device))
@@ -239,12 +239,6 @@ def multiplier(module: nn.Module) -> float:
     """What an embedding multiplies its rows by before it gives them (Gemma 3, BART): a change of the matrix is multiplied as well."""
     found: Any = getattr(module, "scalar_embed_scale", None) or getattr(module, "embed_scale", None)
     return 1.0 if found is None else float(found)
-
-
-def dense_weight(module: nn.Module) -> Tensor:
-    """(out, in) fp32 weight of a linear, GPT-2's Conv1D included."""
-    weight = module.weight.detach().float()  # type: ignore[operator, union-attr]
-    return weight.t() if type(module).__name__ == "Conv1D" else weight
 
 
 def principal(weight: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..anatomy import modules
 from ..core import Base, Delta, Incompatible
 from ..errors import ConfigError
+from ..packed import packed
 from ..plugins import Range, within_ranges
 from ..standin import Value, Weight, weights
 
@@ -130,21 +131,16 @@ def _is_norm(module: nn.Module) -> bool:
 
 def _packed(model: nn.Module) -> dict[str, str]:
     """Names that the weights of packed linears would have, and how they are stored: such a weight is no parameter."""
-    out = {}
-    for path, module in modules(model):
-        codes = [b for b in module._buffers.values() if b is not None and not b.is_floating_point() and b.dtype != torch.bool]
-        if hasattr(module, "in_features") and module._parameters.get("weight") is None and codes:
-            out[f"{path}.weight"] = str(codes[0].dtype).removeprefix("torch.")
-    return out
+    return {f"{path}.weight": next(str(t.dtype).removeprefix("torch.") for t in m.stored().values()) for path, m in packed(model)}
 
 
 def _refuse_packed(model: nn.Module, said: str, hits: list[Weight], names: set[str]) -> None:
-    packed = {n: kind for n, kind in _packed(model).items() if n in names}
-    packed |= {w.names[0]: str(w.tensor.dtype).removeprefix("torch.") for w in hits if not w.tensor.is_floating_point()}
-    if packed:
-        name, kind = next(iter(packed.items()))
+    found = {n: kind for n, kind in _packed(model).items() if n in names}
+    found |= {w.names[0]: str(w.tensor.dtype).removeprefix("torch.") for w in hits if not w.tensor.is_floating_point()}
+    if found:
+        name, kind = next(iter(found.items()))
         raise Incompatible(
-            f"method.{said}: {name} is packed into {kind} codes, which cannot be trained ({len(packed)} such tensors are chosen); choose biases or norms, "
+            f"method.{said}: {name} is packed into {kind} codes, which cannot be trained ({len(found)} such tensors are chosen); choose biases or norms, "
             "a float precision, or a method that edits outputs (lora)"
         )
 
