@@ -252,8 +252,8 @@ def test_every_foreign_name_points_at_a_key_that_exists():
     accepted = set(hints(Run))
     for section, hint in hints(Run).items():
         inner, plug, _ = unwrap(hint)
-        cls = plugin(plug.package, {"precision": "float32"}.get(section, getattr(Run, section))) if plug else inner
-        accepted |= {f"{section}.{name}" for name in (hints(cls) if dataclasses.is_dataclass(cls) else ())}
+        for cls in (plugin(plug.package, k) for k in kinds(plug.package)) if plug else (inner,):
+            accepted |= {f"{section}.{name}" for name in (hints(cls) if dataclasses.is_dataclass(cls) else ())}
     assert set(_OURS_THEIRS) <= accepted
     for theirs, ours in FOREIGN.items():
         assert f"did you mean {ours}" in refused(f"{theirs}=1"), theirs

@@ -207,7 +207,7 @@ def assemble(run: Run, base: Base | None = None, *, name: str = "default") -> tu
 
 def check(run: Run) -> None:
     """The composition law, and what this version's objectives do not yet serve."""
-    if hasattr(run.method, "candidates") and run.objective.renders in ("label", "masked"):
+    if hasattr(run.method, "candidates") and run.objective.renders not in ("text", "chat"):
         raise Incompatible(
             f"method {kind_of(run.method)} trains nothing, and objective {kind_of(run.objective)} has something to learn first; use it with sft or text, "
             "or a method that trains"

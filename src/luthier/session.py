@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from . import __version__, adapter, atomic, build, checkpoint, config, counts, vocabulary
+from . import __version__, adapter, atomic, build, checkpoint, config, counts, references, vocabulary
 from .anatomy import modules
 from .core import LuthierError
 from .crafting import choose
@@ -114,6 +114,18 @@ class Session:
         self.packed = base.packs and run.data.pack != "no"
         if run.data.pack == "yes" and not base.packs:
             raise LuthierError(f"data.pack: this model ({base.anatomy.family}) was found to leak between examples that share a row; use data.pack=auto")
+        brought = references.bring(
+            self.policy,
+            self.objective,
+            prepared,
+            folder=Path(run.out) / ".references",
+            tokens=run.optim.micro_tokens,
+            packed=self.packed,
+            started=getattr(run.method, "from_", None) is not None,
+            tick=lambda done, of: say.tick("reference log-probabilities", done, of),
+        )
+        if brought:
+            say.note(brought)
         self.feed = Batches(
             prepared.train,
             self.objective.collate,

@@ -42,7 +42,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(base: Path, file: Path, out: Path, *more: str):
     fixed = [f"model={base}", f"data.train={file}", f"data.validation={file}", f"out={out}", "name=r", "precision=float32", "place.on=cpu"]
     own = [
-        "optim.steps=12",
+        "optim.steps=20",
         "optim.batch_examples=12",
         "optim.lr=1e-2",
         "evaluate.every_steps=99",
