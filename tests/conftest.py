@@ -13,6 +13,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need a network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: a second thread costs more than it does, and beside other work many times more
 
 
+@pytest.fixture(autouse=True)
+def denormal_numbers() -> None:
+    """As a fresh process has them: a run flushes them to zero for good."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_flush_denormal(False)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real data; the test is skipped where there is none."""

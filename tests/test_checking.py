@@ -65,7 +65,7 @@ def test_our_own_methods_hold(kind):
 
 
 def test_objectives_and_tasks_are_checked_too(check):
-    for kind in ("sft", "text"):
+    for kind in ("sft", "text", "reward", "dpo", "kto", "orpo"):
         assert not [f for f in checking.check_objective(plugin("objectives", kind)()) if f.wrong]
     for kind in kinds("tasks"):
         assert not [f for f in checking.check_task(plugin("tasks", kind)()) if f.wrong], kind

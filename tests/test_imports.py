@@ -60,7 +60,7 @@ LAW: dict[str, set[str]] = {
     "vocabulary": {"core", "site"},
     "adapter": {"core", "atomic", "config", "layout", "lowrank", "plugins", "policy", "site", "vocabulary"},
     "checkpoint": {"core", "nn", "optim", "policy", "adapter", "atomic"},
-    "merging": {"core", "packed", "plugins", "policy", "site", "adapter"},
+    "merging": {"anatomy", "core", "packed", "plugins", "policy", "site", "adapter"},
     "combining": {"core", "adapter", "atomic", "layout", "lowrank"},
     "codes": {"anatomy", "atomic", "core", "packed", "plugins"},
     "quantised": BASICS | {"codes"},

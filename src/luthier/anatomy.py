@@ -49,6 +49,12 @@ def device_of(module: nn.Module) -> torch.device:
     return next(iter([*module.parameters(recurse=False), *module.buffers(recurse=False)])).device
 
 
+def cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters in another dtype, in place. Buffers keep theirs: rotary frequencies are float32 in a model that is read from 16-bit files, too."""
+    for p in model.parameters():
+        p.data = p.data.to(dtype)
+
+
 def numbers(module: nn.Module) -> int:
     """Parameters of a module and of all in it, those that codes stand for included."""
     return sum(p.numel() for p in module.parameters()) + sum(m.count for m in module.modules() if isinstance(m, PackedLinear))

@@ -107,7 +107,7 @@ def _rows(q: Tensor, k: Tensor, v: Tensor, how: How, *, prefix: KV | None = None
     if how.softcap is not None:
         return _capped(q, k, v, _causal_mask(n, how, mask, q.device), how.dropout, how.scaling, how.softcap)
     if n <= SHORT and how.causal and how.dropout == 0.0 and q.dtype == torch.bfloat16 and q.device.type == "cpu":
-        return _short(q, k, v, _causal_mask(n, how, mask, q.device), how.scaling)  # type: ignore[arg-type]
+        return two_products(q, k, v, _causal_mask(n, how, mask, q.device), how.scaling)  # type: ignore[arg-type]
     causal = mask is None and how.causal
     return sdpa(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=how.dropout, scale=how.scaling, enable_gqa=k.shape[1] != q.shape[1])
 
@@ -128,7 +128,7 @@ def _causal_mask(n: int, how: How, mask: Tensor | None, device: torch.device) ->
     return torch.ones(n, n, dtype=torch.bool, device=device).tril() if mask is None and how.causal else mask
 
 
-def _short(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
+def two_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
     """Attention as two products and a softmax over (l, P + l) scores."""
     b, heads, n, d = q.shape
     m = k.shape[2]

@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging as hf_logging
 
 from . import adapter, attention, codes, probe, quantised, vocabulary
-from .anatomy import Anatomy, max_positions, numbers
+from .anatomy import Anatomy, cast, max_positions, numbers
 from .core import Base, Incompatible, LuthierError, Method, Objective, Place, Precision
 from .hub import fingerprint, locate
 from .plugins import kind_of, plugin
@@ -83,7 +83,8 @@ def load(model: Model | str, *, precision: Precision, device: torch.device | str
             with torch.device("meta"):
                 lm = kind.from_config(config, dtype=precision.dtype, trust_remote_code=model.trust_remote_code)
         elif model.random:
-            lm = kind.from_config(config, trust_remote_code=model.trust_remote_code).to(precision.dtype)
+            lm = kind.from_config(config, trust_remote_code=model.trust_remote_code)
+            cast(lm, precision.dtype)
         else:
             cache = _cached(model, folder, hash, precision)
             lm, headless = _open(kind, folder if cache is None else cache, config, precision, model)

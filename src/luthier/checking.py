@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import build
-from .core import Base, Batch, Incompatible, LuthierError, Row, next_token_batch, next_token_loss
+from .core import Base, Batch, Incompatible, LuthierError, Row, join, next_token_batch, next_token_loss
 from .optim import Optimizer
 from .plugins import plugin
 from .policy import Policy
@@ -66,6 +66,17 @@ def rows(kind: str, n: int = 4) -> list[Row]:
         extras = {"source": rng.integers(3, VOCABULARY, rng.integers(4, 12)).astype(np.int32)} if kind == "encoder_decoder" else {}
         out.append(Row(np.concatenate([[0], ids]).astype(np.int32) if extras else ids, np.arange(len(ids) + bool(extras)) > 0, f"made:{i + 1}", extras))
     return out
+
+
+def rows_for(objective: Any, kind: str) -> list[Row]:
+    """Random examples of the form an objective reads: for preferences two answers a row, the first the better one."""
+    plain = rows(kind, 8)
+    if objective.renders not in ("ranked", "pairs", "judged"):
+        return plain[:4]
+    judged = objective.renders == "judged"
+    reference = np.array([-20.0, -25.0], dtype=np.float32)
+    couples = zip(plain[::2], plain[1::2], strict=True)
+    return [join(two, margin=0.0, ranks=() if judged else (0, 1), good=i % 2 == 0 if judged else None, reference=reference) for i, two in enumerate(couples)]
 
 
 # --- methods --------------------------------------------------------------------------------------------------------
@@ -258,7 +269,7 @@ def check_objective(objective: Any) -> Iterator[Finding]:
 
 
 def _sums(objective: Any, policy: Policy) -> str:
-    examples = rows(policy.base.anatomy.kind)
+    examples = rows_for(objective, policy.base.anatomy.kind)
     whole = objective.collate(examples, pad=0, packed=False)
     loss = objective.loss(policy, whole)
     if set(loss.sums) - set(objective.terms):

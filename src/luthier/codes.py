@@ -135,7 +135,8 @@ def write_folder(base: Base, precision: Any, folder: Path, *, origin: Mapping[st
         floats[name] = t
     config = lm.config.to_dict()
     floating = [path for path, m in modules(lm) if is_linear(m) and not isinstance(m, PackedLinear)]
-    config |= {"quantization_config": precision.file_config(skip=floating), "dtype": str(precision.dtype).removeprefix("torch."), "architectures": [type(lm).__name__]}
+    config |= {"quantization_config": precision.file_config(skip=floating), "architectures": [type(lm).__name__]}
+    config["dtype"] = str(precision.dtype).removeprefix("torch.")
     for key in [k for k in config if k.startswith("_attn") or k == "_name_or_path"]:
         del config[key]
     made_from = {"source": base.source, "revision": base.revision, "hash": base.hash}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .adapter import save_model
+from .anatomy import cast
 from .core import Incompatible, LuthierError
 from .packed import dequantise, packed
 from .plugins import kind_of
@@ -81,7 +82,7 @@ def write_out(policy: Policy, ids: list[list[int]], dtype: torch.dtype | None) -
     if policy.delta is not None and policy.method is not None and policy.method.edits == "weights":
         policy.fold()  # what stands in for a bias stands in the packed linear
     dequantise(policy.lm, computed)
-    policy.lm.to(dtype or computed)
+    cast(policy.lm, dtype or computed)
     policy.base.precision, policy.base.storage = None, ""
     apart = difference(logits(policy, ids), before)
     _refuse(apart, computed, "writing the codes out in floats changed the logits")

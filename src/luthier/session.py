@@ -375,7 +375,8 @@ class _Watch:
 
 
 def _sketch(v: torch.Tensor) -> tuple[float, float]:
-    return float(v.double().sum()), float(v.double().square().sum())
+    """Two numbers that change when any part moves; no copy is made."""
+    return float(v.sum(dtype=torch.float64)), float(torch.linalg.vector_norm(v, dtype=torch.float64))
 
 
 def _state(run: Run, resume: Path | None, accept_changes: bool, say: Reporter) -> checkpoint.State | None:

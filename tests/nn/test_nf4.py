@@ -138,7 +138,9 @@ def test_meta_weights_have_codes_of_the_same_shapes(count, double):
     assert nf4.decode(meta, count, torch.bfloat16).shape == (count,)
 
 
-def test_zeros_stay_zero_and_weights_of_one_size_keep_it():
+@pytest.mark.parametrize("flushed", [False, True])  # a run flushes denormal numbers, and 1e-38 is one
+def test_zeros_stay_zero_and_weights_of_one_size_keep_it(flushed):
+    torch.set_flush_denormal(flushed)
     w = torch.cat([torch.zeros(64), torch.full((64,), -3.0), torch.full((64,), 3.0), torch.zeros(7)])
     for double in (False, True):
         values = nf4.decode(nf4.encode(w, double=double), len(w), torch.float32)

@@ -26,7 +26,7 @@ def command(
     """
     from ..config import ConfigError, load_run
 
-    file, data, settings = _sort(what or [])
+    file, data, settings = sort(what or [])
     if resume is not None:
         if file or data:
             raise ConfigError(f"--resume goes on with the run in {resume}; {file or data[0]!r} beside it says nothing. Give only key=value settings with it")
@@ -35,7 +35,7 @@ def command(
             raise ConfigError(f"{resume}: no run.yaml here, so it is no run folder; runs are in runs/")
     short = [f"{k}={v}" for k, v in (("model.id", model), ("method", method), ("objective", objective)) if v is not None]
     if data:
-        short.append(f"data.train=[{', '.join(map(_quoted, data))}]")
+        short.append(f"data.train=[{', '.join(map(quoted, data))}]")
     run = load_run(file, [*short, *settings])
 
     from ..progress import Reporter
@@ -57,7 +57,7 @@ def command(
         reporter.note(f"merge it:    luthier merge {where} --output merged/")
 
 
-def _sort(what: list[str]) -> tuple[str | None, list[str], list[str]]:
+def sort(what: list[str]) -> tuple[str | None, list[str], list[str]]:
     """(run file, data, key=value settings) of the free arguments."""
     from ..config import ConfigError
 
@@ -71,7 +71,7 @@ def _sort(what: list[str]) -> tuple[str | None, list[str], list[str]]:
     return (files[0] if files else None), data, settings
 
 
-def _quoted(name: str) -> str:
+def quoted(name: str) -> str:
     return '"' + name.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 

@@ -190,7 +190,7 @@ class Differences:
         for part in self.parts.values():
             device = part.value.device
             if device not in generators:
-                generators[device] = torch.Generator(device).manual_seed((self.seed * 1_000_003 + step) % 2**63)
+                generators[device] = torch.Generator("cpu" if device.type == "meta" else device).manual_seed((self.seed * 1_000_003 + step) % 2**63)
             part.draw(generators[device])
 
     def penalty(self) -> Tensor:

@@ -77,7 +77,8 @@ def encode(weight: Tensor, *, double: bool) -> Packed:
     if whole < flat.numel():  # the last block is divided by its scale, not multiplied by the reciprocal, as bitsandbytes does
         rest = flat[whole:].float()
         packed.absmax[-1] = _finite(rest.abs().amax()).clamp(min=1e-38)
-        packed.codes[whole // 2 :] = _two_a_byte(_nearest(pad(rest / packed.absmax[-1], (0, len(rest) % 2))))
+        unit = rest / packed.absmax[-1].clamp(min=torch.finfo(torch.float32).tiny)  # 1e-38 is 0 where denormal numbers are flushed
+        packed.codes[whole // 2 :] = _two_a_byte(_nearest(pad(unit, (0, len(rest) % 2))))
     return _doubled(packed) if double else packed
 
 

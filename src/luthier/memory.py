@@ -1,0 +1,266 @@
+"""The memory of a run, predicted without its weights: the run's own modules on the meta device, its own optimizer, and one micro-batch as its settings give it.
+
+What is there all the time is counted tensor by tensor: frozen weights as they are stored, what trains, gradients, moments. What comes and goes is counted by
+running it (saved.py): a training step, and answering sample prompts; the larger counts. An evaluation takes the same batches without what a backward needs.
+
+The micro-batch is the worst that the settings allow: full examples of data.max_tokens tokens, every token trained. Data of shorter examples takes less.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import build, counts, saved
+from .core import Batch
+from .decoding import DecoderSteps, Seq2SeqSteps
+from .measure import ANSWER_ROWS
+from .microbatch import Shape, batch_of, shape_of, with_labels
+from .optim import SMALL, Optimizer
+from .packed import PackedLinear
+from .policy import Policy
+from .run import Run
+from .saved import Peak
+from .site import restoring
+
+CUDA_CONTEXT = 700_000_000  # bytes a process takes on a GPU before its first tensor: the context, cuBLAS and its workspaces
+CUDA_ALLOCATOR = 0.04  # of working memory: what torch's allocator on a GPU rounds up and cannot use again
+# What a run takes on a CPU beyond a process that has loaded the libraries: reading data, and the code that matrix products generate. Measured: 110 to 130 MB.
+MORE_LIBRARIES = 120_000_000
+# Before glibc 2.38, aligned blocks that are freed hardly ever fit again, so what is not large takes more than twice its size. Measured with glibc 2.36 on 60 M
+# parameters: 0.8 to 2.4 times as much again; with this factor predictions of whole processes were between 19 % too low and 14 % too high.
+GLIBC_ALLOCATOR = 1.25
+THRESHOLD = "MALLOC_MMAP_THRESHOLD_"  # glibc's: from how many bytes on a block is given back when it is freed
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Bytes that a run takes."""
+
+    device: str  # the kind of device: cpu, cuda, mps
+    shape: Shape
+    trained: int  # numbers
+    whole: int
+    standing: dict[str, int]  # there all the time
+    moments: dict[str, Peak]  # on top of it: training, evaluation, answers
+    loading: int  # while random weights are made, in float32; 0 where weights are read
+    decodable: int  # bytes that the weights in codes would take beside them, if they were kept decoded where there is room; 0: they are not
+
+    @property
+    def worst(self) -> str:
+        """The moment that takes most."""
+        return max(self.moments, key=lambda m: self.moments[m].bytes)
+
+    @property
+    def total(self) -> int:
+        """The peak of the whole run."""
+        return max(self.standing["program"] + self.loading, sum(self.standing.values()) + self.moments[self.worst].bytes)
+
+    def kept_decoded(self, room: int) -> int:
+        """What decoded weights take besides on a device with so much room: nothing, or all of it where that is less than a third of what is free."""
+        there = sum(n for name, n in self.standing.items() if name == "program" or name.startswith("frozen"))
+        return self.decodable if self.decodable < (room - there) / 3 else 0
+
+
+class Plan:
+    """A run's modules on the meta device, which several predictions share: those that differ only in data, batches and recomputation."""
+
+    def __init__(self, run: Run):
+        self.run, _ = build.resolve(run)
+        trains_base = self.run.method.edits == "weights"
+        base = build.load(self.run.model, precision=self.run.precision, device="meta", weights=False, trains_base=trains_base)
+        if self.run.objective.renders == "label":
+            self.run = replace(self.run, objective=with_labels(self.run.objective))
+        if getattr(self.run.precision, "resident", "no") == "yes":
+            for module in _packed(base.model):
+                module.keep(self.run.precision.dtype)
+        self.policy, self.objective = build.assemble(replace(self.run, recompute="none"), base)
+        self.optimizer = Optimizer(self.policy.trained(), lr=1e-3) if self.policy.trained() else None
+        self.trained, self.whole = counts.total(self.policy)
+        self.stacks = saved.stacks(self.policy.lm, base.anatomy.stacks.values())
+
+    def predict(self, run: Run, device: str) -> Prediction:
+        """For this run, which shares the modules, on this kind of device."""
+        base, lm = self.policy.base, self.policy.lm
+        shape = shape_of(run, base)
+        if run.recompute == "blocks":
+            lm.activation_checkpointing_enable({"use_reentrant": False, "context_fn": restoring})
+        try:
+            moments = self._moments(run, shape, device)
+        finally:
+            if run.recompute == "blocks":
+                lm.activation_checkpointing_disable()
+        standing = {"program": _program(device)} | _standing(self.policy, self.optimizer, run.optim.state if device == "cuda" else "float32")
+        standing["allocator"] = _allocator(device, max(moments.values(), key=lambda p: p.bytes))
+        numbers = sum(p.numel() for p in lm.parameters())
+        linears = list(_packed(lm))
+        auto = getattr(self.run.precision, "resident", "no") == "auto"
+        return Prediction(
+            device,
+            shape,
+            self.trained,
+            self.whole,
+            standing,
+            moments,
+            loading=4 * (numbers + sum(m.count for m in linears)) if run.model.random else 0,  # made in float32, then rounded or packed
+            decodable=sum(m.count for m in linears) * self.run.precision.dtype.itemsize if auto else 0,
+        )
+
+    def _moments(self, run: Run, shape: Shape, device: str) -> dict[str, Peak]:
+        policy, ours = self.policy, list(_tensors(self.policy, self.optimizer))
+        batch, scored = batch_of(shape, policy.base, self.objective)
+        how: dict[str, Any] = {"scored": scored, "once": self.stacks}
+        out = {}
+        if self.optimizer is not None:
+            policy.train()
+            out["training"] = saved.count(policy, ours, device, lambda w: _step(policy, self.objective, batch, w), **how)
+        policy.eval()
+        if not out:
+            out["evaluation"] = saved.count(policy, ours, device, lambda w: _evaluate(policy, self.objective, batch, w), **how)
+        rows = ANSWER_ROWS if run.evaluate.tasks else run.evaluate.samples
+        if rows and self.objective.renders in ("chat", "text") and policy.base.anatomy.kind != "encoder":
+            out["answers"] = saved.count(policy, ours, device, lambda _: _answer(policy, rows, max(shape.lengths)), once=self.stacks)
+        return out
+
+
+def predict(run: Run, device: str | None = None) -> Prediction:
+    """Predict the memory of a run on a kind of device (cpu, cuda, mps; default: where it would run). A model folder needs no more than config.json.
+
+    Raises LuthierError where the run cannot be assembled or counted.
+    """
+    return Plan(run).predict(run, device or run.place.device.type)
+
+
+def machine(device: torch.device) -> tuple[int, int]:
+    """(all, free) bytes of memory that a run on this device may have here; what this process holds already counts as free."""
+    if device.type == "cuda":
+        free, everything = torch.cuda.mem_get_info(device)
+        return everything, free
+    import psutil
+
+    memory = psutil.virtual_memory()
+    everything, free = memory.total, memory.available
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")  # a container's own; psutil sees the whole machine
+    if limit.is_file() and (text := limit.read_text().strip()).isdigit() and int(text) < everything:
+        everything = int(text)
+        free = min(free, everything - (int(used.read_text()) if used.is_file() else 0))
+    return everything, min(everything, free + _program(device.type))
+
+
+# --- what is there all the time ---------------------------------------------------------------------------------------
+
+
+def _packed(model: nn.Module) -> Iterable[PackedLinear]:
+    return (m for m in model.modules() if isinstance(m, PackedLinear))
+
+
+def _program(device: str) -> int:
+    """Python and the libraries: on a GPU what the driver takes, else what this process, which has loaded them, takes now, and a little more."""
+    if device == "cuda":
+        return CUDA_CONTEXT
+    import psutil
+
+    return int(psutil.Process().memory_info().rss) + MORE_LIBRARIES
+
+
+def _allocator(device: str, peak: Peak) -> int:
+    """What is freed and not given back, or does not fit again."""
+    if device == "cuda":
+        return round(CUDA_ALLOCATOR * peak.bytes)
+    library, version = platform.libc_ver()
+    old = library == "glibc" and tuple(map(int, version.split(".")[:2])) < (2, 38)
+    return round(GLIBC_ALLOCATOR * peak.small) if old and THRESHOLD not in os.environ else 0
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _moments(numbers: int, state: str) -> int:
+    """Bytes of the two moments of a tensor: fp32, or codes with the largest of each block."""
+    return 8 * numbers if state == "float32" or numbers < SMALL else 2 * numbers + 8 * -(-numbers // 256)
+
+
+def _standing(policy: Policy, optimizer: Optimizer | None, state: str) -> dict[str, int]:
+    """Bytes by what they are; a tensor that is held twice counts once. ``state``: how moments are kept."""
+    out: dict[str, int] = {}
+    trained = {id(p): p for p in policy.trained().values()}
+    seen: set[int] = set(trained)
+
+    def add(name: str, tensors: Iterable[Tensor | None]) -> None:
+        for t in tensors:
+            if t is not None and id(t) not in seen and t.numel():
+                seen.add(id(t))
+                out[name] = out.get(name, 0) + t.nbytes
+
+    for linear in _packed(policy.lm):
+        add("frozen weights in codes", linear.stored().values())
+        add("frozen weights kept decoded", [linear.resident])
+    own = [*policy.lm.parameters(), *policy.heads.parameters()]
+    for dtype in dict.fromkeys(p.dtype for p in own):
+        add(f"frozen weights in {_name(dtype)}", (p for p in own if p.dtype == dtype))
+    delta = policy.delta
+    add("buffers", [*policy.lm.buffers(), *policy.heads.buffers(), *(delta.buffers.values() if delta is not None else ())])
+    if optimizer is not None:
+        halves = [p for p in trained.values() if p.dtype != torch.float32]  # float32 ones are views of the masters
+        if halves:
+            out[f"trained weights in {_name(halves[0].dtype)}"] = sum(p.nbytes for p in halves)
+        out["trained weights in float32"] = sum(g.master.nbytes for g in optimizer.groups)
+        out["gradients in float32"] = sum(g.grad.nbytes for g in optimizer.groups)
+        out["moments of AdamW"] = sum(_moments(p.numel(), state) for p in trained.values())
+    return out
+
+
+def _tensors(policy: Policy, optimizer: Optimizer | None) -> Iterable[Tensor]:
+    """Everything that `_standing` counts."""
+    yield from policy.parameters()
+    yield from policy.buffers()
+    if policy.delta is not None:
+        yield from policy.delta.params.values()
+        yield from policy.delta.buffers.values()
+    for g in optimizer.groups if optimizer is not None else ():
+        yield from (g.master, g.grad)
+
+
+# --- what comes and goes ----------------------------------------------------------------------------------------------
+
+
+def _step(policy: Policy, objective: Any, batch: Batch, watch: saved.Watch) -> None:
+    """A micro-batch, as train.py runs it."""
+    delta = policy.delta
+    if delta is not None and delta.on_step is not None:
+        delta.on_step(0, 2)
+    if objective.couples:
+        with watch.saying(0.0):
+            objective.couple(policy, [batch])
+    loss = objective.loss(policy, batch)
+    parts = [w * loss.sums[k] / batch.units[k] for k, w in objective.terms.items() if batch.units.get(k) and k in loss.sums]
+    total = torch.stack(parts).sum()
+    watch.forward_done()
+    total.backward()
+    if delta is not None and delta.penalty is not None:
+        penalty = delta.penalty()
+        if penalty.requires_grad:
+            penalty.backward()
+
+
+@torch.no_grad()
+def _evaluate(policy: Policy, objective: Any, batch: Batch, watch: saved.Watch) -> None:
+    if objective.couples:
+        with watch.saying(0.0):
+            objective.couple(policy, [batch])
+    objective.loss(policy, batch)
+
+
+@torch.no_grad()
+def _answer(policy: Policy, rows: int, tokens: int) -> None:
+    """The first step of answering prompts that leave room for one token, where the cache is as large as it gets."""
+    steps = (Seq2SeqSteps if policy.base.anatomy.kind == "encoder_decoder" else DecoderSteps)(policy, [policy.active] * rows)
+    steps.logits(steps.begin([[0] * (tokens - 1)] * rows)).log_softmax(-1)
