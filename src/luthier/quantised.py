@@ -121,8 +121,8 @@ class _Quantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
-        path, _, leaf = param_name.rpartition(".")
-        return leaf == "weight" and isinstance(model.get_submodule(path), _Waiting)
+        path, dot, leaf = param_name.rpartition(".")
+        return leaf == "weight" and bool(dot) and isinstance(model.get_submodule(path), _Waiting)
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantise(self.quantization_config.trouble)

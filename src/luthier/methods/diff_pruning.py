@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from ..core import Base, Delta, Incompatible, LuthierError
 from ..errors import ConfigError
 from ..nn.hard_concrete import HardConcrete, gated, logistic_
+from ..packed import packed
 from ..plugins import Range, within_ranges
 from ..site import Site
 from ..standin import Value, Weight, weights
@@ -82,9 +83,9 @@ class Method:
         """
         everything = list(weights(base.model))
         chosen = [w for w in everything if self.embeddings or not _is_table(base.model, w)]
-        packed = [w for w in chosen if not w.tensor.is_floating_point()]
-        if packed:
-            raise Incompatible(f"{packed[0].names[0]} is packed and takes no difference; use a float precision, or a method that edits outputs (lora)")
+        coded = next((f"{path}.weight" for path, _ in packed(base.model)), None)
+        if coded is not None:
+            raise Incompatible(f"{coded} is packed into codes and takes no difference; use a float precision, or a method that edits outputs (lora)")
         kept = max(1, round(self.share * sum(w.tensor.numel() for w in everything)))
         if kept > (there := sum(w.tensor.numel() for w in chosen)):
             raise Incompatible(f"method.share: {self.share:g} of all parameters are {kept:,}, and {there:,} are open to change; use less, or embeddings: true")
