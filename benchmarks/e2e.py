@@ -125,6 +125,8 @@ def one(task: dict[str, Any]) -> dict[str, Any]:
         if task["test"]:
             policy = opening.load(result.artefact)
             out["base_bytes"] = base_bytes(policy.lm)
+            if task.get("precision"):
+                out["merged"] = merges(policy, result.artefact, run)
             prepared = prepare(
                 [str(e2e / "test_multiref.jsonl")],
                 policy.base.tokenizer,
@@ -140,6 +142,24 @@ def one(task: dict[str, Any]) -> dict[str, Any]:
             answers = [a["answer"] for a in answer_rows(policy, rows, template=None, max_new=80)]
             out["bleu"] = vars(score(lambda _: answers, plugin("tasks", "bleu")(), rows, seed=0)["bleu"])
         return out
+
+
+def merges(policy: Any, artefact: Path, run: Any) -> dict[str, dict[str, float]]:
+    """What the two ways of merging into a base in codes give: losses, and the largest difference of the logits from the model that was trained."""
+    import torch
+
+    from luthier.measure import once
+    from luthier.merging import compare, merge
+    from luthier.opening import load, on_floats
+
+    out = {"trained": {"difference": 0.0} | once(policy, run).numbers()}
+    floats = on_floats(policy, artefact, precision="float32")
+    out["float"] = {"difference": compare(policy, floats)[0]} | once(floats, run).numbers()
+    with tempfile.TemporaryDirectory() as folder:
+        done = merge(load(artefact), Path(folder) / "m", dtype=torch.float32)
+        merged = load(Path(folder) / "m", precision="float32")
+        out["codes"] = {"difference": compare(policy, merged)[0], "folded": done.folded, "reopened": done.reopened} | once(merged, run).numbers()
+    return out
 
 
 def kept(artefact: Path) -> int:

@@ -60,6 +60,21 @@ def load(
     return policy.eval()
 
 
+def on_floats(trained: Policy, folder: Path, *, precision: str) -> Policy:
+    """A delta that was trained on a base in codes, on the floats that these were made from: another model than the one that was trained.
+
+    ``trained``: the policy on codes; ``folder``: its adapter; ``precision``: of the floats. Raises LuthierError where they are no longer the same.
+    """
+    base = trained.base
+    made_from = codes.original(locate(Model(id=base.source, revision=base.revision)))
+    source = Model(id=made_from.get("source") or base.source, revision=made_from.get("revision") or base.revision)
+    floats = build.load(source, precision=plugin("precision", precision)())
+    if made_from.get("hash") and made_from["hash"] != floats.hash:
+        raise LuthierError(f"{source.id} is no longer the model that these codes were made from ({made_from['hash']}; it is {floats.hash})")
+    floats.hash = base.hash  # the same model in floats: the delta is told that it fits
+    return adapter.load(floats, folder)
+
+
 def _precision(asked: str, model: Model, trained_on: Any, place: Any) -> Any:
     """The precision to open a base in."""
     if asked != "auto":

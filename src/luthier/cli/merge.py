@@ -60,7 +60,7 @@ def merged(
         raise LuthierError("--into float: this adapter's base is in floats, so there is nothing to choose; leave --into out")
     run = _run_of(adapter, data)
     if into == "float":
-        policy = _into_float(policy, folder, model, dtype, run)
+        policy = _into_float(policy, folder, dtype, run)
     plain = output if quantize is None else output.with_name(output.name + "-float")
     done = merge(policy, plain, dtype=getattr(torch, dtype))
     typer.echo(f"merged into {done.folder} in {done.dtype}")
@@ -104,27 +104,13 @@ def _run_of(adapter: Path, data: list[str] | None) -> Any:
     return load_run(made) if made is not None else Run()
 
 
-def _into_float(trained: Any, folder: Path, model: str | None, dtype: str, run: Any) -> Any:
+def _into_float(trained: Any, folder: Path, dtype: str, run: Any) -> Any:
     """The delta on the floats that its base's codes were made from, and what that changes, said."""
-    from .. import adapter as saved
-    from .. import build
-    from ..codes import original
-    from ..errors import LuthierError
-    from ..hub import locate
     from ..measure import once
     from ..merging import compare
-    from ..plugins import plugin
-    from ..run import Model
+    from ..opening import on_floats
 
-    base = trained.base
-    made_from = original(locate(Model(id=base.source, revision=base.revision)))
-    floats = build.load(
-        Model(id=made_from.get("source") or base.source, revision=made_from.get("revision") or base.revision), precision=plugin("precision", dtype)()
-    )
-    if made_from.get("hash") and made_from["hash"] != floats.hash:
-        raise LuthierError(f"--into float: {made_from['source']} is no longer the model these codes were made from ({made_from['hash']}; it is {floats.hash})")
-    floats.hash = base.hash  # the same model in floats: the delta is told that it fits
-    policy = saved.load(floats, folder)
+    policy = on_floats(trained, folder, precision=dtype)
     difference, same = compare(trained, policy)
     typer.echo("into the weights its base's codes were made from, which is not the model that was trained:")
     typer.echo(f"  logits differ by {difference:.1e} of the largest; likeliest next token: {'the same everywhere' if same else 'differs somewhere'}")
