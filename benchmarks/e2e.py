@@ -171,11 +171,11 @@ def kept(artefact: Path) -> int:
 
 
 def base_bytes(lm: Any) -> int:
-    """What a base takes in memory: codes, constants and floats, without what a delta added."""
+    """What a base takes in memory: codes, constants and floats, without what a delta added, and without decoded values that may be kept as well."""
     from luthier.anatomy import modules
 
     parts = [m for _, m in modules(lm)]
-    held = {id(t): t.nbytes for m in parts for t in [*m.parameters(recurse=False), *m.buffers(recurse=False)]}
+    held = {id(t): t.nbytes for m in parts for n, t in [*m.named_parameters(recurse=False), *m.named_buffers(recurse=False)] if n != "resident"}
     return sum(held.values())
 
 

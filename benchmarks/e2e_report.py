@@ -10,6 +10,7 @@ from typing import Any
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 BEGIN, END = "<!-- begin: make results -->", "<!-- end: make results -->"
+CODES_BEGIN, CODES_END = "<!-- begin: make results, codes -->", "<!-- end: make results, codes -->"
 SWEEPS = {"rank": ("LoRA rank", "lora rank "), "bottleneck": ("bottleneck width", "adapter width "), "prefix": ("prefix length", "prefix length ")}
 
 
@@ -22,6 +23,10 @@ def write(kept: Path, entries: Sequence[Any], timed: int) -> None:
     text = page.read_text()
     head, tail = text.split(BEGIN)[0], text.split(END)[1]
     page.write_text(head + BEGIN + "\n" + table(tested, entries) + plots(tested, entries) + END + tail)
+    text = page.read_text()
+    if CODES_BEGIN in text:
+        head, tail = text.split(CODES_BEGIN)[0], text.split(CODES_END)[1]
+        page.write_text(head + CODES_BEGIN + "\n" + codes(tested) + CODES_END + tail)
     print(f"written: {page}")
 
 
@@ -34,7 +39,7 @@ def table(tested: dict[str, list[dict[str, Any]]], entries: Sequence[Any]) -> st
     ]
     for e in entries:
         runs = tested[e.name]
-        if runs:
+        if runs and e.part != "precision":
             lines.append(_row(e.name, runs))
     dates = sorted({r["date"] for runs in tested.values() for r in runs})
     lines += ["", f"Runs of {', '.join(dates)}. BLEU: mean over n seeds, ± half their range (n > 1), or the 95 % interval over test rows (n = 1).", ""]
@@ -60,6 +65,37 @@ def _row(name: str, runs: list[dict[str, Any]]) -> str:
         f"{runs[0]['general_before']:.3f} to {mean('general'):.3f}",
     ]
     return "| " + " | ".join(cells) + " |"
+
+
+def codes(tested: dict[str, list[dict[str, Any]]]) -> str:
+    """The same LoRA on bfloat16 and on codes, a column a seed; and what the two ways of merging give."""
+    lines = [
+        "",
+        "| base of the same LoRA | n | test BLEU, each seed | mean | held-out loss | general text | base in memory |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    ways = [
+        "",
+        "| merged | n | logits, largest difference | held-out loss | general text |",
+        "|---|---|---|---|---|",
+    ]
+    for name in ("lora", "lora on int8", "lora on nf4", "lora on gptq"):
+        runs = sorted(tested.get(name, []), key=lambda r: r["seed"])
+        if not runs:
+            continue
+        mean = lambda key: statistics.mean(r[key] for r in runs)  # noqa: B023, E731
+        bleus = [r["bleu"]["value"] for r in runs]
+        size = next((f"{r['base_bytes'] / 1e6:.1f} MB" for r in runs if "base_bytes" in r), "14.7 MB")
+        label = name.removeprefix("lora on ") if name != "lora" else "bfloat16"
+        each = " / ".join(f"{b:.1f}" for b in bleus)
+        lines.append(f"| {label} | {len(runs)} | {each} | {statistics.mean(bleus):.1f} | {mean('loss'):.3f} | {mean('general'):.3f} | {size} |")
+        merged = [r["merged"] for r in runs if "merged" in r]
+        for way, said in (
+            (("trained", f"{label}, as trained"), ("codes", f"{label}, into its codes' values"), ("float", f"{label}, into float")) if merged else ()
+        ):
+            value = lambda key: statistics.mean(m[way][key] for m in merged)  # noqa: B023, E731
+            ways.append(f"| {label}, {said} | {len(merged)} | {value('difference'):.1e} | {value('loss'):.4f} | {value('general_loss'):.4f} |")
+    return "\n".join(lines + (ways if len(ways) > 3 else [])) + "\n\n"
 
 
 def _share(run: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from . import adapter, build, codes
 from .core import LuthierError
 from .hub import FIDDLE, locate
-from .plugins import plugin
+from .plugins import kind_of, plugin
 from .policy import Policy
 from .run import Model
 
@@ -80,7 +80,7 @@ def _precision(asked: str, model: Model, trained_on: Any, place: Any) -> Any:
     if asked != "auto":
         return plugin("precision", asked)()
     stored = codes.stored_in(locate(model, weights=False))
-    if stored is None and trained_on is not None:
+    if trained_on is not None and stored in (None, kind_of(trained_on)):
         return trained_on
     return plugin("precision", stored or build.fast_precision(place.device)[0])()
 
