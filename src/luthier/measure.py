@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -176,6 +176,16 @@ def once(policy: Policy, run: Run) -> Measures:
     if run.data.train:
         prepared = read_data(run, policy.base.tokenizer, positions=policy.limit, say=lambda _: None, form=form_of(policy.base))
     return Scorer(policy, run.objective, prepared, run, packed=policy.base.packs).measure(tasks=False)
+
+
+def beside(measured: dict[str, Measures]) -> Iterator[str]:
+    """Held-out and general losses side by side, a line each, with what the last gains or loses on the first."""
+    first, last = next(iter(measured.values())), list(measured.values())[-1]
+    for what, name in (("held-out loss", "loss"), ("loss on general text", "general")):
+        known = getattr(first, name)
+        if known is not None:
+            said = ", ".join(f"{label} {getattr(m, name).value:.4f}" for label, m in measured.items())
+            yield f"  {what} (n={known.n:,}): {said} ({getattr(last, name).value - known.value:+.4f})"
 
 
 def to_device(batch: Batch, policy: Policy) -> Batch:

@@ -106,7 +106,7 @@ def _run_of(adapter: Path, data: list[str] | None) -> Any:
 
 def _into_float(trained: Any, folder: Path, dtype: str, run: Any) -> Any:
     """The delta on the floats that its base's codes were made from, and what that changes, said."""
-    from ..measure import once
+    from ..measure import beside, once
     from ..merging import compare
     from ..opening import on_floats
 
@@ -114,16 +114,6 @@ def _into_float(trained: Any, folder: Path, dtype: str, run: Any) -> Any:
     difference, same = compare(trained, policy)
     typer.echo("into the weights its base's codes were made from, which is not the model that was trained:")
     typer.echo(f"  logits differ by {difference:.1e} of the largest; likeliest next token: {'the same everywhere' if same else 'differs somewhere'}")
-    say_losses({"as trained": once(trained, run), "into float": once(policy, run)})
+    for line in beside({"as trained": once(trained, run), "into float": once(policy, run)}):
+        typer.echo(line)
     return policy
-
-
-def say_losses(measured: dict[str, Any]) -> None:
-    """Held-out and general losses side by side, the first what the others are compared with."""
-    first = next(iter(measured.values()))
-    for what, name in (("held-out loss", "loss"), ("loss on general text", "general")):
-        known = getattr(first, name)
-        if known is not None:
-            others = ", ".join(f"{label} {getattr(m, name).value:.4f}" for label, m in measured.items())
-            last = getattr(list(measured.values())[-1], name).value - known.value
-            typer.echo(f"  {what} (n={known.n:,}): {others} ({last:+.4f})")

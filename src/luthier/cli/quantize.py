@@ -104,15 +104,15 @@ def quantise(what: str, output: Path, to: str, given: dict[str, Any], *, dtype: 
 
 def again(plain: Path, output: Path, to: str, run: Any) -> None:
     """Quantise a merged model, and say what that costs on the rows of its run."""
-    from ..measure import once
+    from ..measure import beside, once
     from ..opening import load
     from ..progress import Reporter
-    from .merge import say_losses
 
     readable = run.objective.renders in ("chat", "text", "masked") and to == "gptq"
     given = {"calibrate": list(run.data.train)} if readable and run.data.train else {}
     quantise(str(plain), output, to, given, dtype="bfloat16", data=[], seed=run.seed, say=Reporter())
-    say_losses({"merged": once(load(plain), run), f"in {to}": once(load(output), run)})
+    for line in beside({"merged": once(load(plain), run), f"in {to}": once(load(output), run)}):
+        typer.echo(line)
 
 
 # --- what was asked -------------------------------------------------------------------------------------------------
