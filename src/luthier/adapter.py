@@ -288,7 +288,8 @@ def _weights(folder: Path, cls: type) -> Path:
     path = folder / _names(cls)[1]
     pickled = next((p for p in (folder / "adapter_model.bin", folder / "pytorch_adapter.bin") if p.is_file()), None)
     if pickled is not None and not path.is_file():
-        raise LuthierError(f"{pickled}: a pickle can run any code, so it is never read; save it again as safetensors with the program that made it")
+        how = ": save_adapter(..., use_safetensors=True, with_head=False)" if pickled.name == "pytorch_adapter.bin" else ""
+        raise LuthierError(f"{pickled}: a pickle can run any code, so it is never read; save it again as safetensors with the program that made it{how}")
     return path
 
 

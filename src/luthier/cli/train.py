@@ -77,15 +77,21 @@ def quoted(name: str) -> str:
 
 def _count(run: object, reporter: object) -> None:
     """What would be trained, from configurations alone."""
+    from dataclasses import replace
+
     import torch
 
     from .. import build, counts
+    from ..microbatch import with_labels
     from ..plugins import kind_of
     from ..progress import Reporter
     from ..run import Run
 
     assert isinstance(run, Run) and isinstance(reporter, Reporter)
     run, _ = build.resolve(run)
+    if run.objective.renders == "label" and not run.objective.labels:
+        run = replace(run, objective=with_labels(run.objective))
+        reporter.note("the labels are in the data, which is not read here: counted with two of them")
     base = build.load(run.model, precision=run.precision, device=torch.device("meta"), weights=False, trains_base=run.method.edits == "weights")
     reporter.base(base)  # before the delta's own parameters are there
     policy, _ = build.assemble(run, base)
