@@ -94,7 +94,7 @@ def codes(tested: dict[str, list[dict[str, Any]]]) -> str:
             (("trained", f"{label}, as trained"), ("codes", f"{label}, into its codes' values"), ("float", f"{label}, into float")) if merged else ()
         ):
             value = lambda key: statistics.mean(m[way][key] for m in merged)  # noqa: B023, E731
-            ways.append(f"| {label}, {said} | {len(merged)} | {value('difference'):.1e} | {value('loss'):.4f} | {value('general_loss'):.4f} |")
+            ways.append(f"| {said} | {len(merged)} | {value('difference'):.1e} | {value('loss'):.4f} | {value('general_loss'):.4f} |")
     return "\n".join(lines + (ways if len(ways) > 3 else [])) + "\n\n"
 
 
