@@ -74,7 +74,7 @@ LAW: dict[str, set[str]] = {
     "kernels": {"anatomy", "attention", "site"},
     "saved": {"anatomy", "core", "kernels", "packed"},
     "microbatch": {"core", "nn", "reading", "run"},
-    "memory": {"build", "core", "counts", "decoding", "measure", "microbatch", "optim", "packed", "policy", "run", "saved", "site"},
+    "memory": {"anatomy", "build", "core", "counts", "decoding", "measure", "microbatch", "optim", "packed", "policy", "run", "saved", "site"},
     "references": {"core", "atomic", "data", "measure", "policy"},
     "progress": {"anatomy", "core", "counts", "crafting", "measure", "plugins", "train", "session"},
 }

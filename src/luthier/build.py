@@ -76,7 +76,8 @@ def load(model: Model | str, *, precision: Precision, device: torch.device | str
     folder = locate(model, weights=weights and not model.random)
     config = _config(folder, model, trains_base)
     hash = fingerprint(folder, random=model.random)
-    precision = _as_stored(folder, precision, model.id, made=model.random or not weights)
+    if weights and not model.random:
+        precision = codes.as_stored(folder, precision, model.id)
     kind, headless = auto_class(config), False
     try:
         if not weights:
@@ -104,18 +105,6 @@ def load(model: Model | str, *, precision: Precision, device: torch.device | str
     if precision.packed and weights and not model.random and cache is None:
         base.storage += _keep(base, folder, model)
     return base
-
-
-def _as_stored(folder: Path, precision: Any, name: str, *, made: bool) -> Any:
-    """The precision as a folder of codes says. ``made``: the weights are not read from it, so floats are no reason to refuse."""
-    if not precision.packed:
-        if (stored := codes.stored_in(folder)) is not None and not made:
-            raise LuthierError(
-                f"{name}: this model is stored in {stored}, and precision is {kind_of(precision)}; say precision={stored}, or write it out in floats first: "
-                f"luthier export {name} --output FOLDER"
-            )
-        return precision
-    return precision if made else codes.as_stored(folder, precision, name)
 
 
 def _cached(model: Model, folder: Path, hash: str, precision: Any) -> Path | None:

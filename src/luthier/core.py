@@ -203,18 +203,24 @@ def examples_of(row: Row) -> list[Row]:
     return [Row(ids, train, row.where, e) for ids, train, e in parts]
 
 
+def inputs_of(rows: Sequence[Row], ids_BT: Tensor, segments: Segments) -> dict[str, Tensor]:
+    """What rows bring beside their ids (``extras["inputs"]``: token types), each laid out as the ids are; 0 where a row brings none."""
+    out: dict[str, Tensor] = {}
+    for name in dict.fromkeys(k for r in rows for k in r.extras.get("inputs", ())):
+        out[name] = torch.zeros_like(ids_BT)
+        for r, b, t in zip(rows, segments.row.tolist(), segments.start.tolist(), strict=True):
+            if name in r.extras.get("inputs", ()):
+                out[name][b, t : t + len(r)] = torch.from_numpy(r.extras["inputs"][name].astype(np.int64))
+    return out
+
+
 def joined_batch(rows: Sequence[Row], *, pad: int, packed: bool) -> Batch:
     """All examples of rows that `join` made, as one batch whose units the objective counts. ``extras["row"]``: the row of each example; "reference" where
     the rows bring the reference's log-probability of each."""
     several = [examples_of(r) for r in rows]
     examples = [e for some in several for e in some]
     ids_BT, targets_BT, segments = lay_out(examples, pad, packed)
-    inputs: dict[str, Tensor] = {}
-    for name in dict.fromkeys(k for e in examples for k in e.extras.get("inputs", ())):
-        inputs[name] = torch.zeros_like(ids_BT)
-        for e, b, t in zip(examples, segments.row.tolist(), segments.start.tolist(), strict=True):
-            if name in e.extras.get("inputs", ()):
-                inputs[name][b, t : t + len(e)] = torch.from_numpy(e.extras["inputs"][name].astype(np.int64))
+    inputs = inputs_of(examples, ids_BT, segments)
     extras = {"row": torch.tensor([i for i, some in enumerate(several) for _ in some])}
     if all("reference" in r.extras for r in rows):
         extras["reference"] = torch.from_numpy(np.concatenate([r.extras["reference"] for r in rows]).astype(np.float32))

@@ -16,15 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import build, counts, saved
+from .anatomy import numbers
 from .core import Batch
 from .decoding import DecoderSteps, Seq2SeqSteps
 from .measure import ANSWER_ROWS
 from .microbatch import Shape, batch_of, shape_of, with_labels
 from .optim import SMALL, Optimizer
-from .packed import PackedLinear
+from .packed import packed
 from .policy import Policy
 from .run import Run
 from .saved import Peak
@@ -79,7 +80,7 @@ class Plan:
         if self.run.objective.renders == "label":
             self.run = replace(self.run, objective=with_labels(self.run.objective))
         if getattr(self.run.precision, "resident", "no") == "yes":
-            for module in _packed(base.model):
+            for _, module in packed(base.model):
                 module.keep(self.run.precision.dtype)
         self.policy, self.objective = build.assemble(replace(self.run, recompute="none"), base)
         self.optimizer = Optimizer(self.policy.trained(), lr=1e-3) if self.policy.trained() else None
@@ -99,8 +100,7 @@ class Plan:
                 lm.activation_checkpointing_disable()
         standing = {"program": _program(device)} | _standing(self.policy, self.optimizer, run.optim.state if device == "cuda" else "float32")
         standing["allocator"] = _allocator(device, max(moments.values(), key=lambda p: p.bytes))
-        numbers = sum(p.numel() for p in lm.parameters())
-        linears = list(_packed(lm))
+        linears = [m for _, m in packed(lm)]
         auto = getattr(self.run.precision, "resident", "no") == "auto"
         return Prediction(
             device,
@@ -109,7 +109,7 @@ class Plan:
             self.whole,
             standing,
             moments,
-            loading=4 * (numbers + sum(m.count for m in linears)) if run.model.random else 0,  # made in float32, then rounded or packed
+            loading=4 * numbers(lm) if run.model.random else 0,  # made in float32, then rounded or packed
             decodable=sum(m.count for m in linears) * self.run.precision.dtype.itemsize if auto else 0,
         )
 
@@ -157,10 +157,6 @@ def machine(device: torch.device) -> tuple[int, int]:
 # --- what is there all the time ---------------------------------------------------------------------------------------
 
 
-def _packed(model: nn.Module) -> Iterable[PackedLinear]:
-    return (m for m in model.modules() if isinstance(m, PackedLinear))
-
-
 def _program(device: str) -> int:
     """Python and the libraries: on a GPU what the driver takes, else what this process, which has loaded them, takes now, and a little more."""
     if device == "cuda":
@@ -200,7 +196,7 @@ def _standing(policy: Policy, optimizer: Optimizer | None, state: str) -> dict[s
                 seen.add(id(t))
                 out[name] = out.get(name, 0) + t.nbytes
 
-    for linear in _packed(policy.lm):
+    for _, linear in packed(policy.lm):
         add("frozen weights in codes", linear.stored().values())
         add("frozen weights kept decoded", [linear.resident])
     own = [*policy.lm.parameters(), *policy.heads.parameters()]

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .anatomy import modules
 from .core import LuthierError
 from .kernels import attending
-from .packed import PackedLinear
+from .packed import packed
 
 aten = torch.ops.aten
 SMALL = 32 << 20  # glibc takes what is larger from the system and gives it back at once
@@ -284,7 +284,7 @@ def count(policy: Any, ours: Iterable[Tensor], device: str, run: Callable[[Watch
 @contextmanager
 def _parts(policy: Any, watch: Watch) -> Iterator[None]:
     """Say what is the head's and what is decoded, while it runs."""
-    linears = [m for m in policy.lm.modules() if isinstance(m, PackedLinear)]
+    linears = [m for _, m in packed(policy.lm)]
     score = policy.score
 
     def scoring(*args: Any, **kwargs: Any) -> Any:

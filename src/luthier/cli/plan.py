@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .train import quoted, sort
+from .train import asked
 
 if TYPE_CHECKING:
     from ..memory import Plan, Prediction
@@ -34,11 +34,8 @@ def command(
     from ..config import load_run
 
     rooms = _rooms(on or SIZES)
-    file, data, settings = sort(what or [])
-    short = [f"{k}={v}" for k, v in (("model.id", model), ("method", method), ("objective", objective)) if v is not None]
-    if data:
-        short.append(f"data.train=[{', '.join(map(quoted, data))}]")
-    run = load_run(file, [*short, *settings])
+    file, _, settings = asked(what or [], model, method, objective)
+    run = load_run(file, settings)
 
     from .. import build
     from ..memory import machine

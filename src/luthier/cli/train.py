@@ -26,17 +26,14 @@ def command(
     """
     from ..config import ConfigError, load_run
 
-    file, data, settings = sort(what or [])
+    file, data, settings = asked(what or [], model, method, objective)
     if resume is not None:
         if file or data:
             raise ConfigError(f"--resume goes on with the run in {resume}; {file or data[0]!r} beside it says nothing. Give only key=value settings with it")
         file = str(resume / "run.yaml")
         if not Path(file).is_file():
             raise ConfigError(f"{resume}: no run.yaml here, so it is no run folder; runs are in runs/")
-    short = [f"{k}={v}" for k, v in (("model.id", model), ("method", method), ("objective", objective)) if v is not None]
-    if data:
-        short.append(f"data.train=[{', '.join(map(quoted, data))}]")
-    run = load_run(file, [*short, *settings])
+    run = load_run(file, settings)
 
     from ..progress import Reporter
 
@@ -57,7 +54,16 @@ def command(
         reporter.note(f"merge it:    luthier merge {where} --output merged/")
 
 
-def sort(what: list[str]) -> tuple[str | None, list[str], list[str]]:
+def asked(what: list[str], model: str | None, method: str | None, objective: str | None) -> tuple[str | None, list[str], list[str]]:
+    """(run file, data, key=value settings) of the free arguments and the short options, which come first, so that a setting spelled out counts."""
+    file, data, settings = _sort(what)
+    short = [f"{k}={v}" for k, v in (("model.id", model), ("method", method), ("objective", objective)) if v is not None]
+    if data:
+        short.append(f"data.train=[{', '.join(map(_quoted, data))}]")
+    return file, data, [*short, *settings]
+
+
+def _sort(what: list[str]) -> tuple[str | None, list[str], list[str]]:
     """(run file, data, key=value settings) of the free arguments."""
     from ..config import ConfigError
 
@@ -71,7 +77,7 @@ def sort(what: list[str]) -> tuple[str | None, list[str], list[str]]:
     return (files[0] if files else None), data, settings
 
 
-def quoted(name: str) -> str:
+def _quoted(name: str) -> str:
     return '"' + name.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 

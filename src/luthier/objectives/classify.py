@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from ..core import IGNORE, Base, Batch, Loss, LuthierError, Policy, Renders, Row, lay_out, source_of
+from ..core import IGNORE, Base, Batch, Loss, LuthierError, Policy, Renders, Row, inputs_of, lay_out, source_of
 from ..plugins import Range, within_ranges
 
 HEAD = "label"  # the head's name in a policy
@@ -50,6 +50,13 @@ class Head(nn.Module):
         if self.dense is not None:
             x_SD = torch.tanh(self.dense(self.dropout(x_SD)))
         return self.out(self.dropout(x_SD))
+
+
+def new_head(base: Base, outputs: int, dropout: float) -> dict[str, nn.Module]:
+    """A head of so many outputs, new and small-random, in fp32 on the base's device, by its name."""
+    std = getattr(base.model.config.get_text_config(), "initializer_range", None) or 0.02  # type: ignore[operator, union-attr]
+    with torch.device(next(base.model.parameters()).device):
+        return {HEAD: Head(base.width, outputs, deep=base.anatomy.kind != "decoder", dropout=dropout, std=std)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,19 +99,12 @@ class Objective:
 
     def heads(self, base: Base) -> dict[str, nn.Module]:
         """The head, new and small-random, in fp32 on the base's device. Raises LuthierError while the labels are not known."""
-        std = getattr(base.model.config.get_text_config(), "initializer_range", None) or 0.02  # type: ignore[operator, union-attr]
-        with torch.device(next(base.model.parameters()).device):
-            return {HEAD: Head(base.width, self.outputs, deep=base.anatomy.kind != "decoder", dropout=self.dropout, std=std)}
+        return new_head(base, self.outputs, self.dropout)
 
     def collate(self, rows: Sequence[Row], *, pad: int, packed: bool) -> Batch:
         """Texts and their labels. ``extras``: "label" is a number of a class (-1: none), a 0/1 list, or a float; a row without a label is only predicted."""
         ids_BT, _, segments = lay_out(rows, pad, packed)
-        inputs: dict[str, Tensor] = {}
-        for name in dict.fromkeys(k for r in rows for k in r.extras.get("inputs", ())):
-            inputs[name] = torch.zeros_like(ids_BT)
-            for r, b, t in zip(rows, segments.row.tolist(), segments.start.tolist(), strict=True):
-                if name in r.extras.get("inputs", ()):
-                    inputs[name][b, t : t + len(r)] = torch.from_numpy(r.extras["inputs"][name].astype(np.int64))
+        inputs = inputs_of(rows, ids_BT, segments)
         counted = [r.extras.get("label") is not None and bool(r.train.any()) for r in rows]  # an untrained row stands for a rank without rows
         extras = {"counted": torch.tensor(counted)}
         if any(counted):

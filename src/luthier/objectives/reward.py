@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ..core import Base, Batch, Loss, LuthierError, Policy, Renders, Row, joined_batch
 from ..nn import preferences
 from ..plugins import Range, within_ranges
-from .classify import HEAD, Head
+from .classify import HEAD, new_head
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +56,7 @@ class Objective:
 
     def heads(self, base: Base) -> dict[str, nn.Module]:
         """The head of one output, new and small-random, in fp32 on the base's device."""
-        std = getattr(base.model.config.get_text_config(), "initializer_range", None) or 0.02  # type: ignore[operator, union-attr]
-        with torch.device(next(base.model.parameters()).device):
-            return {HEAD: Head(base.width, 1, deep=base.anatomy.kind != "decoder", dropout=self.dropout, std=std)}
+        return new_head(base, 1, self.dropout)
 
     def collate(self, rows: Sequence[Row], *, pad: int, packed: bool) -> Batch:
         """Every answer once, and the pairs among them. A row without ranks is only scored; one with nothing marked stands for a rank without rows."""
