@@ -11,7 +11,12 @@ from typing import Any
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 BEGIN, END = "<!-- begin: make results -->", "<!-- end: make results -->"
 CODES_BEGIN, CODES_END = "<!-- begin: make results, codes -->", "<!-- end: make results, codes -->"
-SWEEPS = {"rank": ("LoRA rank", "lora rank "), "bottleneck": ("bottleneck width", "adapter width "), "prefix": ("prefix length", "prefix length ")}
+# part -> (label, the beginning of its entries' names, the entry of the table that is one more point of it, and where)
+SWEEPS = {
+    "rank": ("LoRA rank", "lora rank ", "lora", 16),
+    "bottleneck": ("bottleneck width", "adapter width ", "adapter", 64),
+    "prefix": ("prefix length", "prefix length ", "prefix", 20),
+}
 
 
 def write(kept: Path, entries: Sequence[Any], timed: int) -> None:
@@ -113,9 +118,9 @@ def plots(tested: dict[str, list[dict[str, Any]]], entries: Sequence[Any]) -> st
     import matplotlib.pyplot as plt
 
     out = ""
-    for part, (label, prefix) in SWEEPS.items():
+    for part, (label, prefix, also, at) in SWEEPS.items():
         points = sorted((int(e.name.removeprefix(prefix)), tested[e.name]) for e in entries if e.part == part and tested[e.name])
-        points += [(16, tested["lora"])] if part == "rank" and tested["lora"] else []
+        points += [(at, tested[also])] if tested[also] else []
         points.sort(key=lambda p: p[0])
         if len(points) < 2:
             continue

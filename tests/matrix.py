@@ -31,6 +31,7 @@ from luthier.train import train
 
 Cell = tuple[str, str, str, str]  # method, objective, precision, family
 LABELS = ("bad", "fair", "good")
+ANSWERED = ("ppo", "grpo")  # learn from answers of the model's own
 PREFERENCES = {"reward": "ranked", "dpo": "pairs", "orpo": "pairs", "kto": "judged"}  # how their rows are rendered
 STEPS = 6
 SETTINGS: dict[str, dict[str, int]] = {"gptq": {"group": 8}}  # of a precision, for linears this small
@@ -46,6 +47,8 @@ def rows_for(objective: str, family: str) -> list[Row]:
     start = {"bart": 2}.get(family, 0)
     if objective in PREFERENCES:
         return ranked.rows(family, PREFERENCES[objective])
+    if objective in ANSWERED:
+        return [_answered(r, i) for i, r in enumerate(tiny.rows_for(family, 4))]
     if objective == "masked_text":
         hiding = Hiding(usual=np.arange(5, tiny.V), mask=3 if family in tiny.ENCODERS else None, sentinels=tuple(range(40, 48)), start=start, eos=2)
         return [replace(r, extras={"hiding": hiding}, train=np.ones(len(r), dtype=bool)) for r in tiny.rows(4)]
@@ -57,6 +60,15 @@ def rows_for(objective: str, family: str) -> list[Row]:
             out.append(Row(ids, np.ones(len(ids), dtype=bool), r.where, extras))
         return out
     return tiny.rows_for(family, 4)
+
+
+def _answered(row: Row, i: int) -> Row:
+    """As if it had been sampled, judged and read: half of the answers were good."""
+    n = int(row.train[1:].sum())
+    rng = np.random.default_rng(i)
+    noisy = lambda about: (about + 0.1 * rng.normal(size=n)).astype(np.float32)  # noqa: E731
+    tokens = {"old": noisy(-4.0), "reference": noisy(-4.0), "advantage": noisy(1.0 if i % 2 else -1.0), "returns": noisy(0.5), "value": noisy(0.4)}
+    return replace(row, extras=dict(row.extras) | {"tokens": tokens | {"share": np.full(n, 1 / n, dtype=np.float32)}})
 
 
 def run(cell: Cell) -> str:
@@ -79,9 +91,11 @@ def run(cell: Cell) -> str:
     mine = {id(p) for p in policy.trained().values()}
     frozen = {n: p.detach().clone() for n, p in policy.lm.named_parameters() if id(p) not in mine}
 
+    parts = goal.parts(batch, 9, shared=method_shares(policy)) if objective in ANSWERED else [batch]
+
     class Same:
         def __next__(self):
-            return [batch]
+            return parts
 
     lr = 2e-2 if policy.method.edits == "sequence" else 5e-3
     optimizer = Optimizer(policy.trained(), lr=lr, patterns=policy.delta.optim)
@@ -92,6 +106,12 @@ def run(cell: Cell) -> str:
     after = dict(policy.lm.named_parameters())
     assert all(torch.equal(v, after[n]) for n, v in frozen.items()), (cell, "something outside the delta moved")
     return "trained"
+
+
+def method_shares(policy) -> bool:
+    """Whether the value reads the policy's own hidden states."""
+    value = policy.voices.get("value")
+    return value is not None and value.route == policy.name
 
 
 def cover() -> list[Cell]:

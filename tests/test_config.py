@@ -360,10 +360,18 @@ def test_all_errors_of_settings_are_luthier_errors():
 # --- the schema -----------------------------------------------------------------------------------------------------
 
 
-def valid(value: Any, s: dict[str, Any]) -> bool:
+def valid(value: Any, s: dict[str, Any], whole: dict[str, Any] | None = None) -> bool:
     """The part of JSON schema that ours uses."""
+    whole = whole or s
+    if "$ref" in s:
+        found = whole
+        for part in s["$ref"].removeprefix("#/").split("/"):
+            found = found[part]
+        return valid(value, found, whole)
+    if "not" in s and valid(value, {"type": "object"} | s["not"], whole):
+        return False
     if "anyOf" in s:
-        return any(valid(value, {**o}) for o in s["anyOf"])
+        return any(valid(value, {**o}, whole) for o in s["anyOf"])
     if "const" in s:
         return value == s["const"]
     if "enum" in s:
@@ -373,11 +381,15 @@ def valid(value: Any, s: dict[str, Any]) -> bool:
         return False
     if s["type"] == "object":
         known, more = s.get("properties", {}), s.get("additionalProperties", True)
-        return all(k in value for k in s.get("required", [])) and all(
-            valid(v, known[k]) if k in known else more if isinstance(more, bool) else valid(v, more) for k, v in value.items()
+        named = all(re.search(s.get("propertyNames", {}).get("pattern", ""), k) for k in value)
+        return (
+            named
+            and all(k in value for k in s.get("required", []))
+            and len(value) >= s.get("minProperties", 0)
+            and all(valid(v, known[k], whole) if k in known else more if isinstance(more, bool) else valid(v, more, whole) for k, v in value.items())
         )
     if s["type"] == "array":
-        return all(valid(v, s["items"]) for v in value)
+        return all(valid(v, s["items"], whole) for v in value)
     if s["type"] in ("integer", "number"):
         return s.get("minimum", value) <= value <= s.get("maximum", value) and value > s.get("exclusiveMinimum", value - 1)
     return bool(re.search(s.get("pattern", ""), value)) if s["type"] == "string" else True
@@ -395,9 +407,24 @@ def test_the_schema_accepts_good_runs_and_refuses_bad_ones():
         assert not valid(bad, s), bad
 
 
+def test_the_schema_knows_stages():
+    s = json.loads(json.dumps(config.schema()))
+    good = {
+        "reading": {"objective": "text", "method": "full", "data": "a"},
+        "sft": {"model": "stage:reading", "method": {"kind": "lora", "rank": 4}},
+        "same": None,
+    }
+    assert valid({"seed": 1, "stages": good}, s)
+    assert valid({"method": "adapter", "stages": {"a": {"method": {"bottleneck": 8}}}}, s)  # without its kind it takes the shared one
+    for bad in [{"all": {}}, {"a.b": {}}, {"a": "text"}, {"a": {"name": "x"}}, {"a": {"lora_r": 1}}, {"a": {"optim": {"lr": 5}}}, {}]:
+        assert not valid({"stages": bad}, s), bad
+    for bad in [{"a": {"method": {"kind": "lora", "rnk": 1}}}, {"a": {"method": "lorra"}}, {"a": {"seed": 1.5}}]:
+        assert not valid({"stages": bad}, s), bad
+
+
 def test_the_schema_holds_the_sentence_of_every_field():
     s = config.schema()
-    assert set(s["properties"]) == set(hints(Run))
+    assert set(s["properties"]) == set(hints(Run)) | {"stages"}
     lr = s["properties"]["optim"]["properties"]["lr"]
     assert lr["description"].startswith("Peak learning rate") and lr["anyOf"][0] == {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
     kinds_there = [o["properties"]["kind"].get("const") for o in s["properties"]["method"]["anyOf"] if "properties" in o]

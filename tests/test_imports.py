@@ -13,7 +13,7 @@ import luthier
 SRC = Path(luthier.__file__).parent
 
 # Who may import whom, of ours. Settings read without torch: errors to run. Everybody may import errors.
-SETTINGS = {"names", "plugins", "runfile", "schema", "config", "run"}
+SETTINGS = {"names", "plugins", "runfile", "schema", "config", "run", "stages"}
 BASICS = {"core", "nn", "anatomy", "packed"}
 LAW: dict[str, set[str]] = {
     "errors": set(),
@@ -23,6 +23,7 @@ LAW: dict[str, set[str]] = {
     "schema": {"plugins", "run"},
     "config": SETTINGS,
     "run": {"config", "plugins"},
+    "stages": SETTINGS,
     "core": set(),
     "nn": set(),
     "families": set(),
@@ -42,9 +43,15 @@ LAW: dict[str, set[str]] = {
     "wiring": {"core", "anatomy"},
     "adapterhub": {"core", "anatomy"},
     "deep": BASICS | {"attention", "layout", "prompts"},
-    "decoding": BASICS | {"site"},
-    "generation": {"core", "decoding"},
-    "policy": BASICS | {"site", "standin", "attention", "prompts", "decoding", "generation"},
+    "cache": {"core", "site"},
+    "lean": {"anatomy", "cache", "core", "site"},
+    "prepacked": {"lean", "packed"},
+    "decoding": BASICS | {"attention", "cache", "prepacked", "site"},
+    "graph": {"decoding"},
+    "sampling": set(),
+    "generation": {"core", "decoding", "sampling"},
+    "policy": BASICS | {"site", "standin", "attention", "prompts", "decoding", "generation", "graph", "prepacked"},
+    "vllm_engine": {"adapter", "core", "hub", "opening", "plugins", "policy", "run", "sampling"},
     "probe": BASICS | {"site", "attention"},
     "counts": BASICS | {"site", "policy"},
     "methods": BASICS | {"site", "standin", "attention", "plugins", "layout", "outputs", "lowrank", "prompts", "deep", "wiring", "adapterhub"},
@@ -64,7 +71,7 @@ LAW: dict[str, set[str]] = {
     "combining": {"core", "adapter", "atomic", "layout", "lowrank"},
     "codes": {"anatomy", "atomic", "core", "packed", "plugins"},
     "quantised": BASICS | {"codes"},
-    "build": BASICS | {"site", "attention", "policy", "probe", "hub", "run", "plugins", "adapter", "codes", "quantised", "vocabulary"},
+    "build": BASICS | {"site", "attention", "policy", "probe", "hub", "run", "plugins", "adapter", "codes", "quantised", "vocabulary", "voices"},
     "checking": BASICS | {"build", "optim", "plugins", "policy", "site", "train"},
     "opening": {"codes", "core", "hub", "plugins", "policy", "run", "adapter", "build"},
     "measure": {"core", "data", "evaluate", "objectives", "plugins", "policy", "reading", "run"},
@@ -74,13 +81,23 @@ LAW: dict[str, set[str]] = {
     "kernels": {"anatomy", "attention", "site"},
     "saved": {"anatomy", "core", "kernels", "packed"},
     "microbatch": {"core", "nn", "reading", "run"},
-    "memory": {"anatomy", "build", "core", "counts", "decoding", "measure", "microbatch", "optim", "packed", "policy", "run", "saved", "site"},
+    "memory": {"anatomy", "build", "core", "counts", "decoding", "measure", "microbatch", "optim", "packed", "prepacked", "policy", "run", "saved", "site"},
+    "voices": {"anatomy", "core", "adapter", "policy", "vocabulary"},
+    "rewards": {"adapter", "config", "core", "data", "evaluate", "measure", "opening", "plugins", "policy", "reading", "runfile", "voices"},
+    "rollouts": {"decoding", "core", "data", "evaluate", "nn", "objectives", "policy", "reading", "rewards", "run", "voices"},
+    "endpoint": set(),
+    "judging": {"data", "endpoint", "evaluate", "nn"},
+    "collecting": {"core", "data", "measure", "opening", "policy"},
     "references": {"core", "atomic", "data", "measure", "policy"},
+    "ledger": {"adapter", "atomic", "config", "data", "hub", "plugins", "run", "stages"},
+    "rehearsal": {"adapter", "build", "core", "data", "hub", "microbatch", "plugins", "policy", "reading", "references", "run", "stages", "vocabulary"},
+    "staleness": {"ledger", "stages"},
+    "overview": {"ledger", "measure", "progress", "stages"},
     "progress": {"anatomy", "core", "counts", "crafting", "measure", "plugins", "train", "session"},
 }
-ANYTHING_BUT_CLI = {"session", "__init__"}
+ANYTHING_BUT_CLI = {"session", "relay", "__init__"}
 AXES = ("methods", "objectives", "precision", "place", "tasks", "speed")
-OPTIONAL = {"bitsandbytes", "sacrebleu", "rouge_score", "lm_eval", "tensorboard", "wandb", "trackio"}
+OPTIONAL = {"bitsandbytes", "sacrebleu", "rouge_score", "lm_eval", "tensorboard", "wandb", "trackio", "matplotlib", "vllm"}
 FOR_TESTS_ONLY = {"peft", "trl", "accelerate", "pytest"}
 
 

@@ -130,3 +130,32 @@ def test_a_run_adds_tokens_saves_them_and_reloads(tmp_path, method):
         rows = again.base.model.get_input_embeddings().weight.shape[0]
         again.use(None)
         assert rows == len(again.base.tokenizer)
+
+
+@pytest.mark.parametrize("family", ["t5", "t5_gated", "bart", "bert"])
+def test_every_module_that_reads_the_embedding_reads_the_new_rows(family):
+    """T5 and BART hold one weight in several modules: what the encoder and the decoder read is as if the rows stood in the weight."""
+    policy, base = made(family)
+    tiny.randomise({k: p for k, p in policy.trained().items() if k == "tokens:embedding"}, std=0.3)
+    ids = torch.tensor([base.tokenizer("a <tool> b glockenspiel c", add_special_tokens=False)["input_ids"]])
+    lm = base.model
+    sides = {"input_ids": ids} | ({"decoder_input_ids": ids} if family != "bert" else {})
+    with torch.no_grad():
+        attached = lm(**sides).logits
+        weight, rows = lm.get_input_embeddings().weight, policy.trained()["tokens:embedding"]
+        new = base.tokenizer.convert_tokens_to_ids(NEW)
+        assert not torch.allclose(attached, bare(policy, sides), atol=1e-4)
+        policy.use(None)
+        weight[new] += rows
+        if family != "t5_gated":  # whose head is a weight of its own
+            torch.testing.assert_close(lm(**sides).logits, attached, atol=2e-5, rtol=1e-4)
+        else:
+            a, b = (m[..., : min(new)] for m in (lm(**sides).logits, attached))
+            torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+
+
+def bare(policy, sides):
+    policy.use(None)
+    logits = policy.lm(**sides).logits
+    policy.use("default")
+    return logits

@@ -10,15 +10,17 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Batch", "Loss", "Policy", "Run", "__version__", "assemble", "load", "train"]
+__all__ = ["Batch", "Loss", "Policy", "Run", "__version__", "assemble", "load", "load_stages", "train", "train_stages"]
 
 if TYPE_CHECKING:
     from .build import assemble
     from .core import Batch, Loss
     from .opening import load
     from .policy import Policy
+    from .relay import train_stages
     from .run import Run
     from .session import execute as train
+    from .stages import load_stages
 
 _HOME = {
     "Batch": ("core", "Batch"),
@@ -27,7 +29,9 @@ _HOME = {
     "Run": ("run", "Run"),
     "assemble": ("build", "assemble"),
     "load": ("opening", "load"),
+    "load_stages": ("stages", "load_stages"),
     "train": ("session", "execute"),
+    "train_stages": ("relay", "train_stages"),
 }
 
 

@@ -31,6 +31,7 @@ from .site import sites
 
 CONFIG, WEIGHTS, OURS, DELTA = "adapter_config.json", "adapter_model.safetensors", "luthier.json", "delta.safetensors"
 HEADS = "heads.safetensors"  # beside a whole model
+STAGES = "stages.json"  # in the folder of a run of several stages; see ledger.py
 
 
 def writes(method: Method | None) -> str:
@@ -171,6 +172,11 @@ def artefact(path: Path) -> Path | None:
     """The adapter or model folder that a path stands for; a run's folder stands for what it made. None: no folder."""
     if not path.is_dir():
         return None
+    if (path / STAGES).is_file():  # a run of stages stands for what its last one left
+        left = json.loads((path / STAGES).read_text()).get("artefact")
+        if left is None or not (path / left).is_dir():
+            raise LuthierError(f"{path}: its last stage has not finished; go on with it: luthier train --resume {path}, or name the folder of one stage in it")
+        return path / left
     for name in ("adapter", "model"):
         if (path / "run.yaml").is_file() and (path / name).is_dir():
             return path / name
@@ -185,7 +191,7 @@ def artefact(path: Path) -> Path | None:
 def load(base: Base, folder: Path, *, name: str = "default") -> Policy:
     """Attach a saved delta to a base, with its heads. Raises LuthierError where it is damaged, belongs to another base, or lacks its head."""
     method, values, objective = read_delta(base, folder)
-    heads = _restored_heads(base, objective, values, folder)
+    heads = restored_heads(base, objective, values, folder)
     delta = method.attach(base, name)
     _attach_tokens(base, delta, name, values)
     if heads and method.edits == "weights":
@@ -196,13 +202,14 @@ def load(base: Base, folder: Path, *, name: str = "default") -> Policy:
     return policy
 
 
-def add(policy: Policy, folder: Path, name: str) -> None:
+def add(policy: Policy, folder: Path, name: str, *, heads: bool = False) -> None:
     """Attach one more saved delta to a policy's base, under a name to use, stack or route to.
 
-    Raises LuthierError for a name that is taken, a delta that is damaged or belongs to another base, and one with a head of its own.
+    ``heads``: its heads are the caller's to restore. Raises LuthierError for a name that is taken, a delta that is damaged or belongs to another base, and
+    one with a head of its own.
     """
     method, values, objective = read_delta(policy.base, folder)
-    if any(k.startswith("heads.") for k in values) or (objective is not None and objective.heads(policy.base)):
+    if not heads and (any(k.startswith("heads.") for k in values) or (objective is not None and objective.heads(policy.base))):
         raise LuthierError(f"{folder}: this delta has a head of its own, which only the first delta of a base brings; open it by itself")
     policy.add(name, Delta({}))  # says what is wrong with the name before anything is attached
     try:
@@ -249,7 +256,7 @@ def heads_of(base: Base, folder: Path) -> dict[str, nn.Module]:
     if not (folder / OURS).is_file() or not (tree := json.loads((folder / OURS).read_text()).get("objective")):
         return {}
     saved = {f"heads.{k}": v for k, v in read_tensors(folder / HEADS).items()} if (folder / HEADS).is_file() else {}
-    return _restored_heads(base, read_objective(tree), saved, folder)
+    return restored_heads(base, read_objective(tree), saved, folder)
 
 
 def objective_of(folder: Path) -> Objective | None:
@@ -330,7 +337,7 @@ def packed_precision(folder: Path) -> Any:
     return read(cls, tree, "luthier.json: precision") if cls.packed else None
 
 
-def _restored_heads(base: Base, objective: Objective | None, values: Mapping[str, Tensor], folder: Path) -> dict[str, nn.Module]:
+def restored_heads(base: Base, objective: Objective | None, values: Mapping[str, Tensor], folder: Path) -> dict[str, nn.Module]:
     """Heads as they were saved; never one that is new, which would answer at random."""
     saved = {k: v for k, v in values.items() if k.startswith("heads.")}
     heads = nn.ModuleDict(objective.heads(base)) if objective is not None else nn.ModuleDict()

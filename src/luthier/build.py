@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as hf_logging
 
-from . import adapter, attention, codes, probe, quantised, vocabulary
+from . import adapter, attention, codes, probe, quantised, vocabulary, voices
 from .anatomy import Anatomy, cast, max_positions, numbers
 from .core import Base, Incompatible, LuthierError, Method, Objective, Place, Precision
 from .hub import fingerprint, locate
@@ -188,11 +188,26 @@ def assemble(run: Run, base: Base | None = None, *, name: str = "default") -> tu
     policy = Policy(base, delta, method=method, name=name, heads=heads)
     if getattr(method, "from_", None) and base.model.device.type != "meta":
         adapter.start_from(policy, method.from_)  # type: ignore[attr-defined]
+    if "rollouts" in objective.needs:
+        give_voices(policy, method, objective)
     if run.recompute == "blocks":
         base.model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": restoring})
     if base.model.device.type != "meta":
         place.put(policy)
     return policy, objective
+
+
+def give_voices(policy: Policy, method: Method, objective: Any) -> None:
+    """What an objective that learns from its own answers asks of the base besides the policy: a reference, a value."""
+    trains_weights = method.edits == "weights"
+    if "reference" in objective.reads:
+        voices.keep_reference(policy, method)
+    if "value" in objective.reads:
+        if objective.value == "own" and trains_weights:
+            raise Incompatible(
+                f"objective.value=own: method {kind_of(method)} trains weights of the base, which two voices cannot share; set objective.value=shared"
+            )
+        voices.add_value(policy, method, shared=objective.value == "shared" or trains_weights)
 
 
 def check(run: Run) -> None:

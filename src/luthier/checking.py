@@ -285,7 +285,7 @@ def _sums(objective: Any, policy: Policy) -> str:
     for k in loss.sums:
         alone = sum(float(objective.loss(policy, b).sums[k].detach()) for b in parts)
         if abs(alone - float(loss.sums[k].detach())) > 1e-3 * max(1.0, abs(alone)):
-            return f"term {k}: {float(loss.sums[k]):.5g} for the batch, {alone:.5g} for its examples one by one; return sums, not means"
+            return f"term {k}: {float(loss.sums[k].detach()):.5g} for the batch, {alone:.5g} for its examples one by one; return sums, not means"
         if sum(b.units.get(k, 0) for b in parts) != whole.units.get(k, 0):
             return f"term {k}: {whole.units.get(k)} units in the batch, {sum(b.units.get(k, 0) for b in parts)} in its examples"
     return ""

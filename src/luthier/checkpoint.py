@@ -1,7 +1,7 @@
 """Checkpoints: everything a run needs to go on bit for bit, written whole or not at all.
 
-checkpoints/step-N/ holds state.safetensors (masters, moments, random states, the delta's buffers) and state.json (step, feed position,
-counters, the resolved run and its hash). safetensors and JSON only; no pickle.
+checkpoints/step-N/ holds state.safetensors (masters, moments, random states, the delta's buffers, what the feed has under way) and state.json (step, feed
+position, counters, the resolved run and its hash). safetensors and JSON only; no pickle.
 """
 
 from __future__ import annotations
@@ -43,12 +43,16 @@ def save(folder: Path, step: int, policy: Policy, optimizer: Optimizer, feed: Fe
     """Write checkpoints/step-N and delete all but the newest ``keep``. ``facts`` are the session's own, JSON only."""
     tensors, scalars = optimizer.state_dict()
     tensors = {f"optim|{k}": v for k, v in tensors.items()} | {f"random|{k}": v for k, v in random_state().items()}
+    feeding = feed.state_dict()
+    tensors |= {f"feed|{k}": v for k, v in feeding.items() if isinstance(v, Tensor)}
     assert policy.delta is not None
     tensors |= {f"buffer|{k}": v for k, v in policy.delta.buffers.items()}
     path = folder / "checkpoints" / f"step-{step}"
     with atomic.folder(path) as new:
         save_file({k: v.detach().to("cpu").contiguous() for k, v in tensors.items()}, new / "state.safetensors")
-        (new / "state.json").write_text(json.dumps({"step": step, "optim": scalars, "feed": feed.state_dict(), **facts}, indent=1))
+        (new / "state.json").write_text(
+            json.dumps({"step": step, "optim": scalars, "feed": {k: v for k, v in feeding.items() if not isinstance(v, Tensor)}, **facts}, indent=1)
+        )
     for old in steps(folder)[:-keep]:
         shutil.rmtree(folder / "checkpoints" / f"step-{old}")
     return path
@@ -78,12 +82,12 @@ def newest(folder: Path) -> State | None:
 
 def restore(state: State, policy: Policy, optimizer: Optimizer, feed: Feed) -> None:
     """Put everything back as it was after that step."""
-    part = {k: {n.split("|", 1)[1]: t for n, t in state.tensors.items() if n.startswith(k + "|")} for k in ("optim", "random", "buffer")}
+    part = {k: {n.split("|", 1)[1]: t for n, t in state.tensors.items() if n.startswith(k + "|")} for k in ("optim", "random", "buffer", "feed")}
     optimizer.load_state_dict(part["optim"], state.facts["optim"])
     assert policy.delta is not None
     for name, buffer in policy.delta.buffers.items():
         buffer.copy_(part["buffer"][name])
-    feed.load_state_dict(state.facts["feed"])
+    feed.load_state_dict(state.facts["feed"] | part["feed"])
     set_random_state(part["random"])
 
 

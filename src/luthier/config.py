@@ -37,14 +37,20 @@ __all__ = [
     "difference",
     "digest",
     "dump",
+    "error_at",
+    "is_plug",
     "kind_of",
     "kinds",
     "load_run",
+    "override",
     "plain",
     "plugin",
     "read",
+    "run_of",
     "schema",
     "sentences",
+    "spell_out",
+    "tree_of",
 ]
 
 T = TypeVar("T")
@@ -54,15 +60,47 @@ _YES_NO = {"yes": True, "on": True, "no": False, "off": False}
 
 def load_run(source: str | Path | Mapping[str, Any] | None, overrides: Iterable[str] = ()) -> Run:
     """A Run from a YAML file, a plain tree or nothing, and "key=value" settings, which win. Raises ConfigError."""
+    tree = tree_of(source)
+    if isinstance(named := tree.values.get("stages"), Mapping):
+        what = f"these settings are several runs, the stages {_names(named)}"
+        raise error_at(tree, ("stages",), f"{what}, and one run is asked for here; luthier train runs them (luthier.train_stages in Python), --stage NAME one")
+    override(tree, [(s, *runfile.split(s)) for s in overrides])
+    return run_of(tree)
+
+
+def tree_of(source: str | Path | Mapping[str, Any] | None) -> Tree:
+    """The settings of a YAML file, a plain tree or nothing, shorthands spelled out (`method: lora` as {kind: lora})."""
+    tree = runfile.read_file(Path(source)) if isinstance(source, str | Path) else Tree(copy.deepcopy(dict(source or {})))
+    spell_out(tree)
+    return tree
+
+
+def override(tree: Tree, settings: Iterable[tuple[str, list[str], str]]) -> None:
+    """Apply settings to the tree of a run: (what the user wrote, the keys, the text of the value)."""
     from .run import Run
 
-    tree = runfile.read_file(Path(source)) if isinstance(source, str | Path) else Tree(copy.deepcopy(dict(source or {})))
-    _spell_out(Run, tree)
-    settings = [(s, *runfile.split(s)) for s in overrides]
-    names_kind = lambda keys: keys[0] in hints(Run) and unwrap(hints(Run)[keys[0]])[1] is not None and keys[1:] in ([], ["kind"])  # noqa: E731
+    names_kind = lambda keys: keys[0] in hints(Run) and is_plug(keys[0]) and keys[1:] in ([], ["kind"])  # noqa: E731
     for setting, keys, text in sorted(settings, key=lambda s: not names_kind(s[1])):  # kinds first: a new kind drops the old kind's keys, not this line's
         _override(Run, tree, setting, keys, text)
+
+
+def run_of(tree: Tree) -> Run:
+    """The Run of a tree. Raises ConfigError."""
+    from .run import Run
+
     return _Reader(tree, files=True).fields(Run, tree.values, ())
+
+
+def error_at(tree: Tree, path: Key, problem: str) -> ConfigError:
+    """The one sentence for a problem with a setting: where it was written, its key, the problem."""
+    return _Reader(tree).error(path, problem)
+
+
+def is_plug(section: str) -> bool:
+    """Whether a section of a run holds a plug-in, so that its keys depend on its kind."""
+    from .run import Run
+
+    return unwrap(hints(Run)[section])[1] is not None
 
 
 def read(cls: type[T], tree: Any, where: str = "") -> T:
@@ -114,9 +152,11 @@ def difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
 # --- before reading: shorthands and overrides ------------------------------------------------------------------------
 
 
-def _spell_out(cls: type, tree: Tree) -> None:
+def spell_out(tree: Tree) -> None:
     """Write `method: lora` as {kind: lora} and `model: fiddle` as {id: fiddle}, so that overrides find their place."""
-    for name, hint in hints(cls).items():
+    from .run import Run
+
+    for name, hint in hints(Run).items():
         short = _short(hint)
         value = tree.values.get(name, {})
         if value is None and (short or dataclasses.is_dataclass(unwrap(hint)[0])):
@@ -162,8 +202,8 @@ class _Reader:
 
     def error(self, path: Key, problem: str) -> ConfigError:
         """The one sentence: where it was written, the key, the problem."""
-        key = ".".join([*([self.where] if self.where else []), *map(str, path)])
-        origin = (self.tree.mark(path) or Mark("")).origin
+        mark = self.tree.mark(path) or Mark("")
+        key, origin = ".".join([*filter(None, (self.where, mark.above)), *map(str, path)]), mark.origin
         parts = [origin] if origin.startswith(f"{key}=") else [origin, key]
         return ConfigError(": ".join([*filter(None, parts), problem]))
 
@@ -285,6 +325,8 @@ class _Reader:
             return self.error(full, f"unknown key; write `{key.split(':')[0]}: {key.split(':', 1)[1].strip()}`, with a space after the colon")
         if "." in key:
             return self.error(full, f"unknown key; in a file, nest it: `{key.split('.')[0]}: {{{key.split('.', 1)[1]}: ...}}`")
+        if not here and isinstance(self.tree.values, Mapping) and isinstance(self.tree.values.get(key), Mapping) and nearest(key, ["stages"], 0.8):
+            return self.error(full, "unknown key; did you mean stages?")
         near = nearest(key, own, 0.6)
         found = [mine[own.index(near)]] if near and near.lower() == key.lower().replace("-", "_") else []
         theirs = foreign(key) if not self.where else None

@@ -105,7 +105,7 @@ class Batch(Stream):
 
     source: Stream | None = None  # the encoder's side; example s reads source example s
     targets: Tensor | None = None  # (B, T), shifted by the collator; IGNORE where nothing is trained
-    extras: dict[str, Tensor] = field(default_factory=dict)  # (S,) per example or (B, T) per token
+    extras: dict[str, Tensor] = field(default_factory=dict)  # (S,) per example, (B, T) per token or (N,) per target, in the order of `scored`
     units: dict[str, int] = field(default_factory=dict)  # {"tokens": 812}: how many loss terms of each kind
     route: tuple[str | None, ...] | None = None  # the delta of each example; None inside: the base
     where: tuple[str, ...] = ()  # the source of each example, for messages
@@ -236,22 +236,33 @@ def next_token_batch(rows: Sequence[Row], *, pad: int, packed: bool) -> Batch:
     return Batch(ids=ids_BT, segments=segments, source=source_of(rows, pad), targets=targets_BT, units=units, where=where)
 
 
+def scored(batch: Batch, hidden_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(N, D) hidden states of the positions that have a target, (N,) their targets, (N,) the example of each."""
+    assert batch.targets is not None
+    target_M = batch.targets.flatten()
+    place_N = (target_M != IGNORE).nonzero().squeeze(1)
+    example_N = batch.segments.example(batch.shape).flatten().to(place_N.device).index_select(0, place_N)
+    return hidden_BTD.flatten(0, 1).index_select(0, place_N), target_M.index_select(0, place_N), example_N
+
+
 def next_token_loss(policy: Policy, batch: Batch) -> Loss:
     """Sum of -log p(target) over the trained positions of a batch."""
-    assert batch.targets is not None
-    hidden_MD, target_M = policy.hidden(batch).flatten(0, 1), batch.targets.flatten()
-    scored = (target_M != IGNORE).nonzero().squeeze(1)
-    logp_N = policy.score(hidden_MD.index_select(0, scored), target_M.index_select(0, scored))["logp"]
-    return Loss({"tokens": -logp_N.sum()})
+    hidden_ND, target_N, _ = scored(batch, policy.hidden(batch))
+    return Loss({"tokens": -policy.score(hidden_ND, target_N)["logp"].sum()})
+
+
+def token_values(policy: Policy, batch: Batch, hidden_BTD: Tensor | None = None) -> Tensor:
+    """(N,) fp32 what the value voice expects of each scored position. ``hidden_BTD``: read from these, which do not learn; else it reads by itself."""
+    voice = policy.voices["value"]
+    hidden_ND, _, _ = scored(batch, voice.hidden(batch) if hidden_BTD is None else hidden_BTD.detach())
+    head = voice.heads["value"]
+    return head(hidden_ND.to(head.weight.dtype)).squeeze(-1).float()
 
 
 def example_logps(policy: Policy, batch: Batch) -> tuple[Tensor, Tensor]:
     """(S,) fp32 log p of the trained tokens of each example together, and (S,) how many they are."""
-    assert batch.targets is not None
-    hidden_MD, target_M = policy.hidden(batch).flatten(0, 1), batch.targets.flatten()
-    scored = (target_M != IGNORE).nonzero().squeeze(1)
-    logp_N = policy.score(hidden_MD.index_select(0, scored), target_M.index_select(0, scored))["logp"]
-    example_N = batch.segments.example(batch.shape).flatten().to(scored.device).index_select(0, scored)
+    hidden_ND, target_N, example_N = scored(batch, policy.hidden(batch))
+    logp_N = policy.score(hidden_ND, target_N)["logp"]
     zeros_S = torch.zeros(len(batch.segments), device=logp_N.device)
     return zeros_S.index_add(0, example_N, logp_N), zeros_S.index_add(0, example_N, torch.ones_like(logp_N))
 
@@ -269,11 +280,50 @@ def reference_logps(policy: Policy, batch: Batch) -> Tensor:
 
 @dataclass
 class Rollout:
-    """Generated tokens of one batch: ragged, in the order of the prompts."""
+    """Generated answers, ragged: the samples of the first prompt, those of the second, and so on."""
 
     ids: list[list[int]]  # new tokens only, the stopping token included
-    logps: list[list[float]]  # log p of each, under the distribution that was sampled from at temperature 1
+    logps: list[list[float]]  # log p of each in the model's own distribution: temperature 1, nothing cut
     stopped: list[str]  # "stop" (a stop token came) or "length"
+    # log p of each at the temperature that was sampled with, top_k and top_p not counted: what PPO's ratio starts from where it learns at that temperature;
+    # 0 at temperature 0
+    tempered: list[list[float]] = field(default_factory=list)
+
+
+@dataclass
+class Answer:
+    """What the model answered to one prompt, and what is known of it: what objectives with "rollouts" learn from."""
+
+    prompt: Row  # its ids are what was generated from; extras["task"] is what rewards are shown
+    ids: list[int]  # new tokens, the stopping token included
+    logps: list[float]  # of each, as they were sampled
+    stopped: str  # "stop" or "length"
+    text: str
+    scores: dict[str, float] = field(default_factory=dict)  # by source of reward
+    score: float = 0.0  # their weighted sum
+    tokens: dict[str, np.ndarray] = field(default_factory=dict)  # (len(ids),) fp32 each: logp, entropy, reference, value
+
+    def row(self, start: int | None = None, **tokens: np.ndarray) -> Row:
+        """Prompt and answer as one row of which the answer is trained; ``tokens``: (len(ids),) fp32 each, for `answered_batch`.
+
+        ``start``: the token that an encoder-decoder's answer begins with; its prompt is the source.
+        """
+        extras: dict[str, Any] = {"tokens": {k: np.asarray(v, dtype=np.float32) for k, v in tokens.items()}}
+        before = self.prompt.ids if start is None else np.array([start], dtype=np.int32)
+        if start is not None:
+            extras["source"] = self.prompt.ids
+        ids = np.concatenate([before, np.array(self.ids, dtype=np.int32)]).astype(np.int32)
+        return Row(ids, np.arange(len(ids)) >= len(before), self.prompt.where, extras)
+
+
+def answered_batch(rows: Sequence[Row], *, pad: int, packed: bool) -> Batch:
+    """The collator of rows that `Answer.row` made: (N,) extras in the order of `scored`; "answers" and "tokens" are counted."""
+    batch = next_token_batch(rows, pad=pad, packed=packed)
+    trained = [r for r in rows if r.train.any()]
+    for name in trained[0].extras["tokens"] if trained else ():
+        batch.extras[name] = torch.from_numpy(np.concatenate([r.extras["tokens"][name] for r in trained]))
+    batch.units = {"answers": len(trained), "tokens": batch.units["tokens"]}
+    return batch
 
 
 # --- the base and its precision -------------------------------------------------------------------------------------
@@ -352,8 +402,8 @@ class Method(Protocol):
 
 
 # How data/ turns records into rows. ranked: answers to one prompt, best first, which are read; pairs: the same, which are written; judged: one answer,
-# and whether it is good.
-Renders = Literal["text", "chat", "label", "masked", "ranked", "pairs", "judged"]
+# and whether it is good; prompts: what the model itself is to answer.
+Renders = Literal["text", "chat", "label", "masked", "ranked", "pairs", "judged", "prompts"]
 
 
 class Objective(Protocol):
@@ -375,11 +425,29 @@ class Coupled(Objective, Protocol):
     def couple(self, policy: Policy, batches: Sequence[Batch], mean: Callable[[float], float] = float) -> None: ...  # mean: over ranks
 
 
+class Rewarded(Objective, Protocol):
+    """An objective with "rollouts" among its needs: it learns from what the model answers, once that is scored."""
+
+    prompts: int  # of a rollout
+    samples: int  # answers to each
+    max_new: int
+    temperature: float
+    epochs: int  # passes over a rollout
+    minibatches: int  # optimizer steps in each pass
+    reads: frozenset[str]  # of {"reference", "value"}: what is asked of every answer before it is learned from
+
+    def rows(self, answers: Sequence[Answer], state: dict[str, Any], *, start: int | None) -> tuple[list[Row], dict[str, float]]: ...  # and facts for the log
+    def parts(self, batch: Batch, rollout: int, *, shared: bool) -> list[Batch]: ...  # what of a micro-batch is learned, each part in a forward of its own
+    def collapsed(self, facts: Mapping[str, float], first: Mapping[str, float]) -> str: ...  # why to stop, "" to go on
+
+
 class Policy(Protocol):
     """The model every objective trains; the class is in policy.py."""
 
     base: Base
     heads: nn.ModuleDict
+
+    voices: dict[str, Any]  # other roles on the same base, each with hidden(batch) and heads of its own
 
     def hidden(self, batch: Batch) -> Tensor: ...  # (B, T, D), aligned with batch.ids
     def score(self, hidden_ND: Tensor, token_N: Tensor, *, temperature: float = 1.0, want: Sequence[str] = ("logp",)) -> dict[str, Tensor]: ...

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from .reading import form_of, read_data
 from .run import Run
 
 GENERAL = Path(__file__).parent / "assets" / "general" / "general.txt"
-ANSWER_ROWS = 32  # prompts answered at a time
+ANSWER_ROWS = 32  # answers written at a time
 OWN_TASK = {"label": "classification", "ranked": "preference", "pairs": "preference"}  # scored unasked, by how the objective's rows are rendered
 
 
@@ -66,18 +66,25 @@ class Measures:
         return cls(mean(d.get("loss")), mean(d.get("general")), {k: Score(**s) for k, s in d.get("scores", {}).items()})
 
 
+Rewarding = Callable[[Sequence[Row]], dict[str, Score]]
+
+
 class Scorer:
     """Measures one policy on the held-out part of its run's data."""
 
-    def __init__(self, policy: Policy, objective: Objective, prepared: Prepared, run: Run, *, packed: bool):
-        self.policy, self.objective, self.prepared, self.run, self.packed = policy, objective, prepared, run, packed
-        self.groups = group(prepared.validation, run.optim.micro_tokens, packed)
+    def __init__(self, policy: Policy, objective: Objective, prepared: Prepared, run: Run, *, packed: bool, rewarded: Rewarding | None = None):
+        """``rewarded``: scores the policy's answers to held-out prompts, of an objective that learns from its own answers."""
+        self.policy, self.objective, self.prepared, self.run, self.packed, self.rewarded = policy, objective, prepared, run, packed, rewarded
+        answers = objective.renders == "prompts"  # what is held out are prompts, which have no loss
+        self.groups = [] if answers else group(prepared.validation, run.optim.micro_tokens, packed)
         self.general: Objective = text_objective.Objective() if policy.base.anatomy.kind == "decoder" else masked_text.Objective()
         self.general_groups = group(self._general_rows(), run.optim.micro_tokens, packed) if run.evaluate.forgetting else []
 
     def measure(self, *, tasks: bool, say: Any = None) -> Measures:
         """Held-out and general loss; with ``tasks`` the run's tasks too."""
         out = Measures(self._loss(self.objective, self.groups), self._loss(self.general, self.general_groups))
+        if self.rewarded is not None and self.prepared.validation:
+            out.scores |= self.rewarded(self.prepared.validation[: self.run.evaluate.task_rows])
         if tasks:
             own = OWN_TASK.get(self.objective.renders) if self.groups else None  # it costs one forward a row
             for kind in dict.fromkeys([*([own] if own else []), *self.run.evaluate.tasks]):
@@ -122,8 +129,13 @@ class Scorer:
         if self.objective.renders == "masked":
             return []
         tokenizer = self.policy.base.tokenizer
-        starts = [r.ids[:24].tolist() for r in self.prepared.validation[:n] if len(r) > 24]
-        rollout = self.policy.generate(starts, max_new=self.run.evaluate.sample_tokens, stop=stop_ids(tokenizer, None))
+        if self.objective.renders == "prompts":
+            starts = [r.ids.tolist() for r in self.prepared.validation[:n]]
+            stops = stop_ids(tokenizer, self.run.model.template, kind=self.policy.base.anatomy.kind)
+        else:
+            starts = [r.ids[:24].tolist() for r in self.prepared.validation[:n] if len(r) > 24]
+            stops = stop_ids(tokenizer, None)
+        rollout = self.policy.generate(starts, max_new=self.run.evaluate.sample_tokens, stop=stops)
         return [
             {"prompt": tokenizer.decode(s), "answer": tokenizer.decode(ids, skip_special_tokens=True), "stopped": how}
             for s, ids, how in zip(starts, rollout.ids, rollout.stopped, strict=True)
@@ -301,30 +313,32 @@ def answer(
     tools: Sequence[Any] | None = None,
     template: str | None = None,
     max_new: int = 128,
+    samples: int = 1,
     say: Any = None,
     label: str = "",
     offset: int = 0,
     **how: Any,
 ) -> list[dict[str, Any]]:
-    """Answers to prompts (a text or messages each): {"prompt", "answer", "stopped", "tokens"}, in their order.
+    """``samples`` answers to each of the prompts (a text or messages): {"prompt", "answer", "stopped", "tokens"}, in their order, a prompt's side by side.
 
-    ``offset``: number of the first prompt, for the random numbers; ``how``: see generation.generate.
-    Prompts are taken shortest first in groups; one that leaves no room for an answer is answered with nothing, stopped "too long".
+    ``offset``: number of the first prompt, for the random numbers; ``how``: see Policy.generate.
+    A prompt that leaves no room for an answer is answered with nothing, stopped "too long".
     """
     can_write(policy)
     tokenizer, limit = policy.base.tokenizer, policy.limit
     chats = [[{"role": "user", "content": p}] if isinstance(p, str) else list(p) for p in prompts]
     kind = policy.base.anatomy.kind
     ids = [render_prompt(c, tokenizer, template, tools=t, kind=kind) for c, t in zip(chats, tools or [None] * len(chats), strict=True)]
-    stops = stop_ids(tokenizer, template, kind=kind)
-    out: list[dict[str, Any]] = [{"prompt": p, "answer": "", "stopped": "too long", "tokens": 0} for p in prompts]
-    order = sorted((i for i in range(len(ids)) if len(ids[i]) < limit), key=lambda i: len(ids[i]))
-    for start in range(0, len(order), ANSWER_ROWS):
-        here = order[start : start + ANSWER_ROWS]
-        rollout = policy.generate([ids[i] for i in here], max_new=max_new, stop=stops, numbers=[offset + i for i in here], **how)
-        for i, new, stopped in zip(here, rollout.ids, rollout.stopped, strict=True):
-            text = tokenizer.decode(new, skip_special_tokens=True).strip()
-            out[i] |= {"answer": text, "stopped": stopped, "tokens": len(new)}
+    out: list[dict[str, Any]] = [{"prompt": p, "answer": "", "stopped": "too long", "tokens": 0} for p in prompts for _ in range(samples)]
+    short = [i for i in range(len(ids)) if len(ids[i]) < limit]
+
+    def tick(done: int) -> None:
         if say is not None:
-            say.tick(label, min(start + ANSWER_ROWS, len(order)), len(order))
+            say.tick(label, done, len(short) * samples)
+
+    how |= {"stop": stop_ids(tokenizer, template, kind=kind), "numbers": [offset + i for i in short], "batch_rows": ANSWER_ROWS, "on_answers": tick}
+    rollout = policy.generate([ids[i] for i in short], max_new=max_new, samples=samples, **how)
+    places = (i * samples + s for i in short for s in range(samples))
+    for place, new, stopped in zip(places, rollout.ids, rollout.stopped, strict=True):
+        out[place] |= {"answer": tokenizer.decode(new, skip_special_tokens=True).strip(), "stopped": stopped, "tokens": len(new)}
     return out

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import build, counts, saved
+from . import build, counts, prepacked, saved
 from .anatomy import numbers
 from .core import Batch
 from .decoding import DecoderSteps, Seq2SeqSteps
@@ -126,7 +126,9 @@ class Plan:
             out["evaluation"] = saved.count(policy, ours, device, lambda w: _evaluate(policy, self.objective, batch, w), **how)
         rows = ANSWER_ROWS if run.evaluate.tasks else run.evaluate.samples
         if rows and self.objective.renders in ("chat", "text") and policy.base.anatomy.kind != "encoder":
-            out["answers"] = saved.count(policy, ours, device, lambda _: _answer(policy, rows, max(shape.lengths)), once=self.stacks)
+            peak = saved.count(policy, ours, device, lambda _: _answer(policy, rows, max(shape.lengths)), once=self.stacks)
+            more = prepacked.size(policy.lm) if device == "cpu" else 0
+            out["answers"] = replace(peak, bytes=peak.bytes + more, parts=peak.parts | ({"weights laid out": more} if more else {}))
         return out
 
 

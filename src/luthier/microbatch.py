@@ -74,6 +74,8 @@ def _row(length: int, i: int, base: Any, objective: Any) -> Row:
         extras["label"] = {"single": i % 2, "multiple": [0.0] * len(objective.labels), "regression": 0.0}[objective.problem]
     if objective.renders in ("label", *COMPARING) and form_of(base).token_types:
         extras["inputs"] = {"token_type_ids": np.zeros(length, dtype=np.int32)}
+    if objective.renders == "prompts":  # an answer as long as may be, sampled and judged
+        extras["tokens"] = dict.fromkeys(("old", "reference", "advantage", "returns", "value", "share"), np.zeros(length - 1, dtype=np.float32))
     row = Row(ids, np.arange(length) > 0, f"made:{i + 1}", extras)
     if objective.renders not in COMPARING:
         return row

@@ -14,6 +14,7 @@ _OURS_THEIRS = {
     "data.validation": "eval_dataset validation_file valid_file val_data eval_file test_data validation_data",
     "data.validation_share": "val_set_size val_size validation_split test_size eval_split_ratio split_ratio",
     "data.max_tokens": "cutoff_len sequence_len sequence_length seq_len seq_length max_length max_len max_seq_length max_seq_len model_max_length block_size",
+    "data.languages": "lang language data_language dataset_language",
     "data.limit": "max_samples max_train_samples num_samples",
     "data.split": "dataset_split train_split",
     "data.pack": "packing sample_packing packed",

@@ -42,7 +42,7 @@ def load(
         policy.objective = adapter.objective_of(folder) if folder is not None else None
     else:
         config, ours = adapter.describe(folder)
-        of = _base_of(folder, config, ours, model, offline)
+        of = base_of(folder, config, ours, model, offline)
         base = build.load(of, precision=_precision(precision, of, adapter.packed_precision(folder), place), device=place.device)
         policy = adapter.load(base, folder)
     for name, where in (adapters or {}).items():
@@ -98,7 +98,8 @@ def named(settings: Sequence[str], option: str = "--adapter") -> dict[str, str]:
     return out
 
 
-def _base_of(folder: Path, config: dict[str, Any], ours: dict[str, Any], model: Model | str | None, offline: bool) -> Model:
+def base_of(folder: Path, config: dict[str, Any], ours: dict[str, Any], model: Model | str | None, offline: bool) -> Model:
+    """The base that a saved delta belongs to: the one that is given, else the one it names. Raises LuthierError where it names none."""
     if model is not None:
         return Model(id=model, offline=offline) if isinstance(model, str) else model
     recorded = (ours.get("base") or {}).get("source") or config.get("base_model_name_or_path")
@@ -106,4 +107,7 @@ def _base_of(folder: Path, config: dict[str, Any], ours: dict[str, Any], model: 
         raise LuthierError(f"{folder}: this adapter does not say which base it belongs to; name it: --model ID")
     if recorded in ("fiddle", str(FIDDLE)):
         return Model(id="fiddle")
+    beside = folder.resolve().parents[1].joinpath(*Path(recorded).parts[-2:])  # runs/NAME/1-reading/model, of a run of stages that was moved
+    if Path(recorded).is_absolute() and not Path(recorded).exists() and beside.is_dir():
+        recorded = str(beside)
     return Model(id=recorded, revision=config.get("revision"), offline=offline)

@@ -47,6 +47,14 @@ class _Group:
     pieces: list[Tensor] | None  # moments in 8 bits: the master, one view a tensor
 
 
+def _collect(p: Tensor, name: str, into: Tensor, seen: set[str]) -> None:
+    """Add a gradient to its place among the masters'. No hook holds the optimizer: Python's collector does not see through a hook, and would never free it."""
+    assert p.grad is not None
+    into += p.grad.flatten()
+    p.grad = None
+    seen.add(name)
+
+
 class Optimizer:
     """AdamW (Loshchilov & Hutter, 2017, arXiv 1711.05101) with fp32 masters."""
 
@@ -96,20 +104,14 @@ class Optimizer:
             if p.dtype == torch.float32:
                 p.data = master[s].view(p.shape)
                 p.grad = grad[s].view(p.shape)
-                p.register_post_accumulate_grad_hook(lambda _, name=name: self.seen.add(name))
+                p.register_post_accumulate_grad_hook(lambda _, name=name, seen=self.seen: seen.add(name))
             else:
-                p.register_post_accumulate_grad_hook(lambda p, name=name, into=grad[s]: self._collect(p, name, into))
+                p.register_post_accumulate_grad_hook(lambda p, name=name, into=grad[s], seen=self.seen: _collect(p, name, into, seen))
         master.grad = grad
         pieces = [master[s] for s in slices] if coded else None
         for piece, s in zip(pieces or (), slices, strict=False):
             piece.grad = grad[s]
         return _Group(names, params, master, grad, slices, lr_factor, {"params": pieces or [master], "weight_decay": decay}, pieces)
-
-    def _collect(self, p: Tensor, name: str, into: Tensor) -> None:
-        assert p.grad is not None
-        into += p.grad.flatten()
-        p.grad = None
-        self.seen.add(name)
 
     def set_lr(self, lr: float) -> None:
         """The learning rate of the next step, before the groups' factors."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from . import attention, generation, standin
+from . import attention, decoding, generation, prepacked, standin
 from .anatomy import trunk
 from .core import Base, Batch, Delta, Incompatible, LuthierError, Method, Objective, Rollout, Stream
-from .decoding import DecoderSteps, Seq2SeqSteps
+from .graph import recorded
 from .nn.logprob import chunks, linear_logp, shape_logits
 from .prompts import Longer, make_room, put_in
 from .site import Frame, clean_name, members, sites, using
@@ -36,6 +37,10 @@ class Policy(nn.Module):
         self.objective: Objective | None = None  # what it was trained with, where that is known: it reads the heads
         self.deltas: dict[str, Delta] = {}
         self.active: str | None = None
+        self.voices: dict[str, Any] = {}  # other roles on the same base, see voices.py
+        self.voice_heads = nn.ModuleDict()  # theirs; not saved with the delta
+        self.reference_route: str | None = None  # what the policy was before training
+        self._copy: list[Any] = []  # the same where the base's own weights are trained; in a list, so that it is no part of this module
         if delta is not None:
             self.add(name, delta)
         self.use(name if delta is not None else None)
@@ -73,18 +78,30 @@ class Policy(nn.Module):
     @property
     def limit(self) -> int:
         """Positions that are left to the text: the model's, less what the delta in use puts before it."""
-        return self.base.max_positions - sum(self.deltas[n].shift for n in members(self.active))
+        return self.base.max_positions - self.room(self.active)
+
+    def room(self, route: str | None) -> int:
+        """Positions that the prompts and prefixes of a route take."""
+        return sum(self.deltas[n].shift for n in members(route))
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """Everything the optimizer moves: the delta's parameters and the heads'."""
+        """Everything the optimizer moves: the delta's parameters and the heads', and those of a value voice."""
         params = dict(self.delta.params) if self.delta is not None else {}
-        return params | {f"heads.{n}": p for n, p in self.heads.named_parameters()}
+        params |= {f"heads.{n}": p for n, p in self.heads.named_parameters()}
+        if (value := self.voices.get("value")) is not None:
+            own = self.deltas[value.route].params if value.route != self.name else {}
+            params |= {f"value.{k}": p for k, p in own.items()} | {f"value.heads.{n}": p for n, p in value.heads.named_parameters()}
+        return params
 
     # --- forward ------------------------------------------------------------------------------------------------------
 
-    def hidden(self, batch: Batch) -> Tensor:
-        """(B, T, D) last hidden states, aligned with ``batch.ids``. Examples never see one another. An encoder-decoder gives its decoder's."""
-        route: Any = self.active if batch.route is None else tuple(batch.route)
+    def hidden(self, batch: Batch, *, route: Any = "in use") -> Tensor:
+        """(B, T, D) last hidden states, aligned with ``batch.ids``. Examples never see one another. An encoder-decoder gives its decoder's.
+
+        ``route``: what serves all examples; default: the batch's routes, else what is in use.
+        """
+        if route == "in use":  # no name has a space
+            route = self.active if batch.route is None else tuple(batch.route)
         self._known(*(route if isinstance(route, tuple) else (route,)))
         if isinstance(route, tuple) and (odd := {n for r in route for n in members(r)} & set(getattr(self.lm.get_output_embeddings(), "edits", ()))):
             raise Incompatible(f"the delta {sorted(odd)[0]} edits the head, which scores positions and not examples, so no batch is routed to it; use() it")
@@ -189,36 +206,77 @@ class Policy(nn.Module):
         parts = [checkpoint(some, hidden_ND[c], token_N[c], use_reentrant=False) for c in chunks(max(1, len(hidden_ND)), vocabulary)]
         return {w: torch.cat([p[i] for p in parts]) for i, w in enumerate(want)}
 
-    def generate(self, source: Sequence[Sequence[int]], *, route: Sequence[str | None] | None = None, **how: Any) -> Rollout:
-        """Continue each prompt of token ids (an encoder-decoder: answer it); see generation.generate for the choices.
+    def generate(
+        self,
+        source: Sequence[Sequence[int]],
+        *,
+        route: Sequence[str | None] | None = None,
+        samples: int = 1,
+        max_new: int = 64,
+        batch_tokens: int | None = None,
+        batch_rows: int | None = None,
+        cuda_graph: bool = False,
+        **how: Any,
+    ) -> Rollout:
+        """Continue each prompt of token ids (an encoder-decoder: answer it) ``samples`` times; the rollout holds the samples of the first prompt first.
 
-        ``route``: what serves each prompt; default: what is in use, for all.
+        ``route``: what serves each prompt; default: what is in use, for all. ``max_new``: tokens of an answer at most; one of ``stop`` ends it before, and is
+        kept. ``temperature`` 0 takes the likeliest token; ``top_k`` and ``top_p`` narrow the choice, 0 and 1 leave it open. An answer is a function of the
+        ``seed``, its prompt's number (``numbers``; 0, 1, ... where not given) and its sample, not of what else is asked for. ``batch_tokens``: positions whose
+        keys and values are held at a time, ``batch_rows``: answers written at a time, at most; default: what fits into memory (decoding.py). ``cuda_graph``: on
+        a GPU, repeat a step without its Python (graph.py). ``on_token`` sees every token but the stopping one as it comes, ``on_answers`` the number of
+        finished answers after every batch. Raises LuthierError for an empty or over-long prompt, and for settings out of range.
         """
         routes = [self.active] * len(source) if route is None else list(route)
+        if len(routes) != len(source):
+            raise LuthierError(f"{len(routes)} routes for {len(source)} prompts; every prompt has one")
         self._known(*routes)
         training = self.training
         self.eval()
         try:
-            limit = self.base.max_positions - max((sum(self.deltas[n].shift for n in members(r)) for r in set(routes)), default=0)
-            steps = (Seq2SeqSteps if self.base.anatomy.kind == "encoder_decoder" else DecoderSteps)(self, routes)
-            return generation.generate(steps, source, limit=limit, **how)
+            limit = self.base.max_positions - max((self.room(r) for r in set(routes)), default=0)
+            with prepacked.products(self.lm, max_new):
+                return generation.generate(
+                    lambda batch: (recorded if cuda_graph else decoding.steps_for)(self, [routes[i] for i in batch]),
+                    source,
+                    limit=limit,
+                    room=[limit - (0 if self.base.anatomy.kind == "encoder_decoder" else len(p)) for p in source],
+                    batch_tokens=decoding.cache_tokens(self) if batch_tokens is None else batch_tokens,
+                    batch_rows=decoding.rows(self) if batch_rows is None else batch_rows,
+                    samples=samples,
+                    max_new=max_new,
+                    **how,
+                )
         finally:
             self.train(training)
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """The base, with the delta off: no gradients, evaluation mode. Raises Incompatible for a delta that trained the base itself."""
-        if self.method is not None and self.method.edits == "weights" and not getattr(self.method, "reversible", False):
+        """What the policy was before training: no gradients, evaluation mode. That is the base with the delta off, unless another was kept (voices.py).
+
+        Raises Incompatible for a delta that trained the base itself, of which no copy was kept.
+        """
+        if not self._copy and self.method is not None and self.method.edits == "weights" and not getattr(self.method, "reversible", False):
             raise Incompatible("a method that trains the base's own weights has no base left to switch to; load the base again")
-        active, training = self.active, self.training
-        self.use(None)
+        active, training, trained = self.active, self.training, self.lm
+        if self._copy:
+            self.lm = self._copy[0]
+        else:
+            self.use(self.reference_route)
         self.eval()
         try:
             with torch.no_grad():
                 yield
         finally:
-            self.use(active)
+            self.lm = trained
+            if not self._copy:
+                self.use(active)
             self.train(training)
+
+    def keep_copy(self) -> None:
+        """Keep the whole model as it is now, for `reference`."""
+        kept = copy.deepcopy(self.lm).requires_grad_(False).eval()
+        self._copy = [kept]
 
     def fold(self) -> None:
         """Write the delta into the base's weights, for good. Raises Incompatible where the method cannot."""

@@ -33,7 +33,7 @@ class Reporter:
     def __init__(self, console: Console | None = None, *, quiet: bool = False):
         self.console = console or Console(stderr=False, quiet=quiet, highlight=False, soft_wrap=not sys.stdout.isatty())
         self.bar: Progress | None = None
-        self._ticked = 0.0
+        self._ticked = self._rolled = 0.0
 
     def note(self, text: str) -> None:
         """One fact."""
@@ -74,9 +74,20 @@ class Reporter:
         if not session.steps:
             self.head(f"choosing among prompts on {len(session.prepared.validation):,} held-out rows; nothing is trained; folder {session.folder}")
             return
-        o = run.optim
+        o, own = run.optim, run.objective
+        if own.renders == "prompts":
+            self.head(
+                f"training: {session.steps} steps, {own.epochs * own.minibatches} to a rollout of {min(own.prompts, len(session.prepared.train)):,} prompts "
+                f"with {own.samples} answer{'s' if own.samples > 1 else ''} each of at most {own.max_new} tokens; seed {run.seed}, on {run.place.device}"
+            )
+            self._rates(session)
+            return
         per = f"{o.batch_examples} examples" if o.batch_examples else f"{o.batch_tokens:,} tokens"
         self.head(f"training: {session.steps} steps of {per}, {'packed' if session.packed else 'padded'}, seed {run.seed}, on {run.place.device}")
+        self._rates(session)
+
+    def _rates(self, session: Session) -> None:
+        run, o = session.run, session.run.optim
         self.note(
             f"learning rate {session.why_lr}; {o.schedule} after {session.warmup} steps of warm-up; weight decay {o.weight_decay:g}, clipping at {o.clip:g}"
         )
@@ -132,6 +143,25 @@ class Reporter:
         if now - self._ticked >= LINE_EVERY or self._ticked == 0.0:
             self.note(f"{label}: {done} of {total} done")
             self._ticked = now
+
+    def rollout(self, facts: dict[str, Any]) -> None:
+        """What the answers of one rollout were like; not of every one where they come fast."""
+        now = time.perf_counter()
+        if facts["rollout"] > 1 and now - self._rolled < LINE_EVERY:
+            return
+        self._rolled = now
+        kl = (
+            f", KL {facts['kl']:.2f} (coefficient {facts['kl_coefficient']:.3g})"
+            if "kl_coefficient" in facts
+            else f", KL {facts['kl']:.2f}"
+            if "kl" in facts
+            else ""
+        )
+        watched = "".join(f", {n.removeprefix('watch_')} {v:.3f} (watched)" for n, v in facts.items() if n.startswith("watch_"))
+        self.note(
+            f"rollout {facts['rollout']}: reward {facts['reward']:.3f}{watched}{kl}, entropy {facts['entropy']:.2f}, {facts['answer_tokens']:.1f} tokens, "
+            f"{facts['stopped']:.0%} stopped by themselves"
+        )
 
     def crafted(self, tried: list[Tried], tokenizer: Any) -> None:
         """The candidate prompts, and the one that was chosen."""

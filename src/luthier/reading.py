@@ -29,7 +29,12 @@ def read_data(run: Run, tokenizer: Any, *, positions: int, say: Callable[[str], 
         raise LuthierError("data.train: names no file; say luthier train FILE, or data.train=FILE")
     if serves := getattr(run.objective, "serves", None):
         serves(form.kind)
+    room = getattr(run.objective, "max_new", 0) if form.kind == "decoder" else 0  # what is answered takes positions too
+    if room >= positions:
+        raise LuthierError(f"objective.max_new: answers of {room} tokens leave no room for a prompt in the {positions} positions of this model")
     known: dict[str, Any] = {"problem": run.objective.problem, "labels": run.objective.labels} if run.objective.renders == "label" else {}
+    if run.objective.renders == "prompts":
+        known["beginning"] = run.objective.beginning
     return prepare(
         d.train,
         tokenizer,
@@ -39,8 +44,9 @@ def read_data(run: Run, tokenizer: Any, *, positions: int, say: Callable[[str], 
         shape=d.shape,
         columns=d.columns,
         split=d.split,
+        languages=d.languages,
         limit=d.limit,
-        max_tokens=min(d.max_tokens or 2048, positions),
+        max_tokens=min(d.max_tokens or 2048, positions - room),
         over_length=d.over_length,
         train_on=d.train_on,
         on_bad_row=d.on_bad_row,

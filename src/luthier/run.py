@@ -58,6 +58,8 @@ class Data:
     """Column mapping, ours: yours, for example {prompt: question, completion: answer} or {text: review, label: stars}."""
     split: str = "train"
     """The split of a Hub data set."""
+    languages: tuple[str, ...] = ()
+    """Read only what is in these languages, for example [en, de]: conversation trees, and records with a column lang or language. Default: all."""
     limit: Annotated[int | None, Range(1)] = None
     """Read at most so many records."""
     max_tokens: Annotated[int | None, Range(8)] = None

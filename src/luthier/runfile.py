@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ class Mark:
 
     origin: str  # "run.yaml, line 4"
     raw: str | None = None  # a scalar's own text: a text setting may look like a number
+    above: str = ""  # the keys above the tree's root where it was written: "stages.sft"
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Tree:
         """The place of a key, or of the nearest one above it."""
         for n in range(len(path), -1, -1):
             if path[:n] in self.marks:
-                return self.marks[path[:n]] if n == len(path) else Mark(self.marks[path[:n]].origin)
+                return self.marks[path[:n]] if n == len(path) else replace(self.marks[path[:n]], raw=None)
         return None
 
     def forget(self, path: Key) -> None:

@@ -13,10 +13,31 @@ _SIMPLE = {bool: "boolean", int: "integer", float: "number", str: "string"}
 
 
 def schema() -> dict[str, Any]:
-    """JSON schema (2020-12) of a run file, the fields of every plug-in included. Imports every plug-in."""
+    """JSON schema (2020-12) of a run file, the fields of every plug-in included, and its stages. Imports every plug-in."""
     from .run import Run
 
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A luthier run", **_object(Run)}
+    whole = _object(Run)
+    stages = {
+        "type": "object",
+        "description": "Runs one after another. Each is laid over what stands beside stages; stage:NAME in it is what that earlier stage leaves.",
+        "minProperties": 1,
+        "propertyNames": {"pattern": "^(?!all$)[A-Za-z0-9][A-Za-z0-9_-]*$"},
+        "additionalProperties": _stage(Run),
+    }
+    whole["properties"] = whole["properties"] | {"stages": stages}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A luthier run", **whole}
+
+
+def _stage(cls: type) -> dict[str, Any]:
+    """A stage: a run without a place of its own. A plug-in given without its kind takes the shared one, whose fields are not known here."""
+    properties: dict[str, Any] = {}
+    for name, hint in hints(cls).items():
+        if name in ("name", "out"):
+            continue
+        same = {"$ref": f"#/properties/{name}"}
+        _, plug, _ = unwrap(hint)
+        properties[name] = same if plug is None else {"anyOf": [same, {"type": "object", "not": {"required": ["kind"]}}]}
+    return {"anyOf": [{"type": "object", "properties": properties, "additionalProperties": False}, {"type": "null"}]}
 
 
 def _object(cls: type, **first: Any) -> dict[str, Any]:

@@ -12,8 +12,8 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -22,21 +22,24 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from . import __version__, adapter, atomic, build, checkpoint, config, counts, references, vocabulary
+from . import __version__, adapter, atomic, build, checkpoint, config, counts, references, rollouts, vocabulary
 from .anatomy import modules
-from .core import LuthierError
+from .core import LuthierError, Row
 from .crafting import choose
 from .data.feed import Batches
 from .data.prepare import Prepared
+from .data.rollout import Rollouts
 from .errors import Interrupted
+from .evaluate import Score
 from .log import Log
 from .measure import Measures, Scorer
 from .nn.schedule import factor
 from .optim import Optimizer, default_lr, state_for
 from .plugins import kind_of
-from .policy import Policy
 from .progress import Reporter
 from .reading import fitted, form_of, read_data
+from .rewards import Judge
+from .rollouts import Watch
 from .run import Run
 from .train import Step, train
 
@@ -84,6 +87,7 @@ def execute(run: Run, *, resume: Path | None = None, accept_changes: bool = Fals
     for note in notes:
         say.note(note)
     state = _state(run, resume, accept_changes, say)
+    build.seed_everything(run.seed)  # random weights are drawn while the model is made
     base = build.load(run.model, precision=run.precision, device=run.place.device, trains_base=run.method.edits == "weights")
     if base.tokenizer is None:
         build.load_tokenizer(run.model)  # says what is missing
@@ -126,20 +130,9 @@ class Session:
         )
         if brought:
             say.note(brought)
-        self.feed = Batches(
-            prepared.train,
-            self.objective.collate,
-            pad=base.tokenizer.pad_token_id or 0,
-            packed=self.packed,
-            batch_tokens=run.optim.batch_tokens,
-            batch_examples=run.optim.batch_examples,
-            micro_tokens=run.optim.micro_tokens,
-            epochs=run.optim.epochs,
-            steps=run.optim.steps,
-            seed=run.seed,
-            rank=run.place.rank,
-            size=run.place.size,
-        )
+        self.judge: Judge | None = None
+        self.watch = Watch()
+        self.feed = self._feed(run)
         self.chooses = hasattr(run.method, "candidates")  # nothing is trained: a prompt is chosen
         self.steps = 0 if self.chooses else self.feed.steps
         every = run.evaluate.every_steps or max(1, round(self.steps / 10))
@@ -166,11 +159,32 @@ class Session:
                 state=kept,
                 precise={f"{p}:weight" for p, m in modules(self.policy.lm) if isinstance(m, torch.nn.Embedding)},
             )
-        self.scorer = Scorer(self.policy, self.objective, prepared, self.run, packed=self.packed)
+        self.scorer = Scorer(self.policy, self.objective, prepared, self.run, packed=self.packed, rewarded=self._rewarded if self.judge else None)
         self.progress = Progress()
         self.why_lr = why
         self.stopped = ""
         self.warned = False
+
+    def _feed(self, run: Run) -> Batches | Rollouts:
+        """The micro-batches: of the data, or of the model's own answers."""
+        if "rollouts" in self.objective.needs:
+            feed = rollouts.feed_of(run, self.policy, self.prepared, packed=self.packed, say=self.say.note, tick=self.say.tick)
+            self.judge = feed.judge  # type: ignore[assignment]
+            return feed
+        return Batches(
+            self.prepared.train,
+            self.objective.collate,
+            pad=self.base.tokenizer.pad_token_id or 0,
+            packed=self.packed,
+            batch_tokens=run.optim.batch_tokens,
+            batch_examples=run.optim.batch_examples,
+            micro_tokens=run.optim.micro_tokens,
+            epochs=run.optim.epochs,
+            steps=run.optim.steps,
+            seed=run.seed,
+            rank=run.place.rank,
+            size=run.place.size,
+        )
 
     # --- the run, top to bottom ---------------------------------------------------------------------------------------
 
@@ -185,6 +199,8 @@ class Session:
             self.progress = Progress(**state.facts["progress"])
             self.say.note(f"resuming after step {self.progress.step} of {self.steps}")
         log = Log(self.folder, self.run.log.to, name=self.folder.name, config=config.plain(self.run), after=None if state is None else self.progress.step)
+        if state is not None:
+            self.watch = Watch.before(log.path, self.progress.step)
         try:
             if state is None:
                 before = self.scorer.measure(tasks=True, say=self.say)
@@ -205,7 +221,7 @@ class Session:
     def _train(self, log: Log) -> None:
         p, o = self.progress, self.run.optim
         rate = lambda step: (o.lr or 0.0) * factor(step, self.steps, kind=o.schedule, warmup=self.warmup, floor=o.min_lr)  # noqa: E731
-        watch = _Watch(self.policy, self.optimizer)
+        watch = _Watch(self.optimizer, self._resting)
         bad_in_a_row = 0
         loop = train(self.policy, self.objective, self.feed, self.optimizer, lr=rate, steps=self.steps, start=p.step, clip=o.clip, place=self.run.place)
         with _interrupts() as asked, self.say.training(self.steps, p.step) as bar:
@@ -218,6 +234,7 @@ class Session:
                 p.step, p.seconds, p.tokens = step.step, p.seconds + took, p.tokens + step.tokens
                 if step.step % self.run.log.every_steps == 0 or step.step == self.steps or not step.finite:
                     log.write("train", step.step, _line(step, took))
+                self._rollouts(step.step, log)
                 bar(step, took)
                 bad_in_a_row = self._non_finite(step, bad_in_a_row)
                 watch.check(step.step, last=step.step == self.steps)
@@ -230,6 +247,33 @@ class Session:
                     raise Interrupted(f"stopped after step {p.step} of {self.steps}, everything is saved; go on with: luthier train --resume {self.folder}")
                 if self.stopped:
                     break
+
+    def _rollouts(self, step: int, log: Log) -> None:
+        """Log what new rollouts were like, warn where the reward is gamed, and stop where the policy collapsed."""
+        if not isinstance(self.feed, Rollouts):
+            return
+        for facts in self.feed.take_events():
+            log.write("rollout", step, facts)
+            self.say.rollout(facts)
+            for warning in self.watch.see(facts):
+                self.say.warn(warning)
+        if self.feed.stopped and not self.stopped:
+            self.stopped = self.feed.stopped
+            self.say.warn(f"stopping: {self.stopped}")
+
+    def _resting(self) -> frozenset[str]:
+        """Trained tensors that do not learn at this step: the delta's own choice, and the policy's while its value warms up."""
+        if isinstance(self.feed, Rollouts) and not self.feed.taught:  # no answer was better or worse than expected yet: there is nothing to learn
+            return frozenset(self.policy.trained())
+        delta = self.policy.delta
+        out = delta.resting() if delta is not None and delta.resting is not None else frozenset()
+        warming = isinstance(self.feed, Rollouts) and self.feed.rollout <= getattr(self.objective, "value_warmup", 0)
+        return out | frozenset(delta.params if warming and delta is not None else ())
+
+    def _rewarded(self, prompts: Sequence[Row]) -> dict[str, Score]:
+        """Scores of the policy's answers to held-out prompts."""
+        assert self.judge is not None
+        return rollouts.held_out(self.run, self.policy, self.judge, prompts, packed=self.packed)[0]
 
     def _choose(self, log: Log) -> None:
         """Try candidate prompts on the held-out rows and keep the best."""
@@ -254,9 +298,9 @@ class Session:
         log.write("evaluation", step.step, now.numbers())
         p.history.append({"step": step.step, "train": step.loss, **now.numbers()})
         pending = self.policy.delta is not None and self.policy.delta.pending is not None and self.policy.delta.pending()
-        if pending:  # of another form than what will be saved: neither the best nor a sign to stop
+        if pending or now.loss is None:  # of another form than what will be saved, or without a loss: neither the best nor a sign to stop
             pass
-        elif now.loss is not None and now.loss.value < p.best_loss:
+        elif now.loss.value < p.best_loss:
             p.best_loss, p.best_step, p.stale = now.loss.value, step.step, 0
             self._keep_best()
         else:
@@ -277,6 +321,8 @@ class Session:
             self.say.note(f"kept the weights of step {p.best_step}, the best on validation")
         after = self.scorer.measure(tasks=True, say=self.say)
         log.write("after", p.step, after.numbers())
+        if self.watch.rollouts and not rollouts.draw(self.watch.rollouts, self.folder / "rollouts.png"):
+            self.say.note("matplotlib is not installed (pip install 'luthier[plots]'), so rollouts.png was not drawn; its numbers are in metrics.jsonl")
         facts = {"run": config.plain(self.run), "steps": p.step, "tokens": p.tokens, "seconds": round(p.seconds, 1), "before": p.before, "after": asdict(after)}
         adapter.save(self.policy, self.folder / adapter.writes(self.policy.method), objective=self.objective, extra={"training": facts})
         atomic.as_json(self.folder / "result.json", facts)
@@ -356,9 +402,8 @@ class _Watch:
 
     AFTER = 3  # LoRA's A has an exactly zero gradient while B is zero, so it moves from the second step
 
-    def __init__(self, policy: Policy, optimizer: Optimizer):
-        self.optimizer = optimizer
-        self.resting = (policy.delta and policy.delta.resting) or frozenset
+    def __init__(self, optimizer: Optimizer, resting: Callable[[], frozenset[str]]):
+        self.optimizer, self.resting = optimizer, resting
         self.start = {k: _sketch(v) for k, v in optimizer.masters().items()}
         self.done = 0
 
@@ -389,7 +434,10 @@ def _state(run: Run, resume: Path | None, accept_changes: bool, say: Reporter) -
             f"{resume}: no checkpoint to resume from; it holds {', '.join(sorted(p.name for p in resume.iterdir())) if resume.is_dir() else 'nothing'}"
         )
     if state.facts["digest"] != config.digest(run):
-        changed = config.difference(state.facts["run"], config.plain(run))
+        was = state.facts["run"]
+        with suppress(LuthierError):  # a setting that there is no more
+            was = config.plain(config.load_run(was))
+        changed = config.difference(was, config.plain(run))
         if changed and not accept_changes:
             raise LuthierError(
                 "this run is not the one that was interrupted: "

@@ -63,14 +63,17 @@ def attach(base: Base, delta: Delta, name: str) -> None:
     weights = _rows(lm)
     tied = len(weights) == 1 and lm.get_output_embeddings() is not None
     paths = {id(m): n for n, m in lm.named_modules()}
-    embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
+    head = lm.get_output_embeddings()
+    # T5 and BART hold the embedding in several places
+    readers = [(n, m) for n, m in lm.named_modules(remove_duplicate=False) if isinstance(m, nn.Embedding) and m.weight is weights[0]]
     made = {"embedding": nn.Parameter(torch.zeros(len(ids), weights[0].shape[1], device=weights[0].device))}
     index = torch.tensor(ids, device=weights[0].device)
     if head is not None:
         if not tied:
             made["head"] = nn.Parameter(torch.zeros(len(ids), weights[1].shape[1], device=weights[1].device))
         _put(lm, paths[id(head)], name, HeadRows(index, made["embedding" if tied else "head"]))
-    _put(lm, paths[id(embedding)], name, EmbeddingRows(index, made["embedding"]))
+    for path, reader in readers:
+        _put(lm, path, name, EmbeddingRows(index, made["embedding"], float(getattr(reader, "embed_scale", 1.0))))
     delta.params |= {f"{KEY}:{k}": p for k, p in made.items()}
     before = delta.fold
     if before is None:
@@ -80,27 +83,29 @@ def attach(base: Base, delta: Delta, name: str) -> None:
         with torch.no_grad():
             for weight, rows in zip(weights, made.values(), strict=True):
                 weight[index] = (weight[index].float() + rows).to(weight.dtype)
-        for module in (lm.get_input_embeddings(), lm.get_output_embeddings()):
+        for module in [m for _, m in lm.named_modules()]:
             if isinstance(module, Site) and name in module.edits:
-                edit = module.edits.pop(name)
+                edit = module.edits[name]
                 if isinstance(edit, _Both):
                     module.edits[name] = edit.own
+                elif isinstance(edit, EmbeddingRows | HeadRows):
+                    del module.edits[name]
         before()
 
     delta.fold = fold
 
 
 class EmbeddingRows(Edit):
-    """Differences (n, D) to the embeddings of some ids."""
+    """Differences (n, D) to the embeddings of some ids; ``scale``: what the module multiplies its rows by."""
 
-    def __init__(self, ids: Tensor, rows: nn.Parameter):
+    def __init__(self, ids: Tensor, rows: nn.Parameter, scale: float = 1.0):
         super().__init__()
         self.register_buffer("ids", ids, persistent=False)
-        self.rows = rows
+        self.rows, self.scale = rows, scale
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         hit: Tensor = x[..., None].eq(self.ids)  # type: ignore[arg-type]  # (..., n)
-        return y + linear(hit.to(y.dtype), self.rows.t().to(y.dtype))
+        return y + self.scale * linear(hit.to(y.dtype), self.rows.t().to(y.dtype))
 
 
 class HeadRows(Edit):

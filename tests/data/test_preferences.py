@@ -101,6 +101,20 @@ def test_a_pair_is_a_good_and_a_bad_answer() -> None:
     assert (good.good, good.answers(), bad.good, bad.answers()) == (True, ["Yes, very."], False, ["Go away."])
 
 
+def test_the_ends_of_a_ranking_are_good_and_bad_and_what_lies_between_is_left_out_and_counted() -> None:
+    record, bad = Record({"prompt": "q", "ranked": [["a", "b"], "c", "d", ["e", "f"]]}, "f:1"), Bad("fatal")
+    found = convert_preferences(record, detect_preferences([record], renders="judged"), bad, renders="judged")
+    assert [(i.answers(), i.good, i.ranks) for i in found] == [([a], a in "ab", ()) for a in "abef"]
+    assert len(bad.left_out) == 1 and sum(bad.left_out.values()) == 2
+
+
+def test_a_tie_says_of_no_answer_whether_it_is_good() -> None:
+    for fields in ({**PAIRS["standard"], "tie": True}, {"prompt": "q", "ranked": [["a", "b"]]}):
+        record, bad = Record(fields, "f:1"), Bad("fatal")
+        assert convert_preferences(record, detect_preferences([record], renders="judged"), bad, renders="judged") == []
+        assert list(bad.left_out) == ["records whose answers are all tied: which of them are good is not said"]
+
+
 def test_answers_to_be_scored_need_no_judgement() -> None:
     (item,) = convert({"prompt": "q", "completion": "a"}, "ranked", judged=False)
     assert item.ranks == () and item.good is None and item.answers() == ["a"]
@@ -130,10 +144,8 @@ def test_an_answer_that_quotes_turns_stays_an_answer() -> None:
         ({"prompt": "q", "chosen": "a", "rejected": None}, "pairs", "column 'rejected'.*null"),
         ({"prompt": "q", "ranked": "a"}, "ranked", "column 'ranked' is no list"),
         ({"prompt": "q", "ranked": ["a"]}, "ranked", "'ranked' has one answer"),
-        ({"prompt": "q", "ranked": ["a", "b", "c"]}, "judged", "a ranking of 3 answers says which are better"),
         ({**PAIRS["standard"], "margin": -1}, "ranked", "column 'margin' is -1"),
         ({**PAIRS["standard"], "tie": "maybe"}, "ranked", "column 'tie' is 'maybe'"),
-        ({**PAIRS["standard"], "tie": True}, "judged", "a tie says of neither"),
     ],
 )
 def test_what_cannot_be_read_is_said_in_a_sentence(fields: dict[str, Any], renders: str, said: str) -> None:

@@ -27,7 +27,7 @@ VERBS = {  # written here, so that --help imports nothing
     "combine": "Combine several LoRA adapters of one base into one, by weights.",
     "quantize": "Store a model in codes of a few bits: GPTQ, fitted to a text, or NF4 or int8.",
     "export": "Write an adapter in the layout of other programs.",
-    "data": "Look at training data as the model will see it, before anything is trained.",
+    "data": "Look at training data as the model will see it; collect preferences, from people or from a judge.",
     "kinds": "List the methods, objectives, precisions, places and tasks there are.",
     "doctor": "Say whether this machine and its packages are fit, and how fast they are.",
 }
@@ -111,7 +111,8 @@ Usage: luthier VERB [ARGUMENTS]        luthier VERB --help says what a verb take
 
   luthier demo                                            no data, no network: see it work
   luthier train my.jsonl --model Qwen/Qwen3-0.6B          from data to an adapter
-  luthier train run.yaml method.rank=16 optim.lr=1e-4     a run file, with settings changed"""
+  luthier train run.yaml method.rank=16 optim.lr=1e-4     a run file, with settings changed
+  luthier train assistant.yaml                            a file with stages: several runs in order"""
 
 
 # --- sentences ------------------------------------------------------------------------------------------------------
@@ -136,17 +137,17 @@ def _usage(verb: str, e: Any) -> str:
     """One sentence for an option or argument that cannot be read, with the nearest option there is."""
     from ..names import nearest
 
-    asked = getattr(e, "option_name", None)
+    asked, full = getattr(e, "option_name", None), e.ctx.command_path.removeprefix("luthier ") if e.ctx is not None else verb  # with the verb of a verb
     if asked is None or not e.format_message().startswith("No such option"):
         message = e.format_message().rstrip(".")
-        return f"luthier {verb}: {message[:1].lower()}{message[1:]} (luthier {verb} --help says what it takes)"
+        return f"luthier {full}: {message[:1].lower()}{message[1:]} (luthier {full} --help says what it takes)"
     options = [o for p in e.ctx.command.params for o in p.opts if o.startswith("--")]
     setting = _setting(asked.lstrip("-")) if verb in WITH_SETTINGS else None
     guess = nearest(asked, options, 0.75)
     if setting is not None and (guess is None or "." in asked):
         return f"luthier {verb}: no option {asked}; settings are written without dashes: {setting}=VALUE"
     guess = guess or nearest(asked, options)
-    return f"luthier {verb}: no option {asked}; " + (f"did you mean {guess}?" if guess else f"there are {', '.join([*options, '--help'])}")
+    return f"luthier {full}: no option {asked}; " + (f"did you mean {guess}?" if guess else f"there are {', '.join([*options, '--help'])}")
 
 
 def _setting(name: str) -> str | None:

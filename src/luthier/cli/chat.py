@@ -24,6 +24,7 @@ def command(
     from ..errors import LuthierError
     from ..measure import can_write
     from ..opening import load, named
+    from ..prepacked import products
 
     policy = load(what, model=model, precision=precision, adapters=named(adapter or []), use=use)
     can_write(policy)
@@ -32,42 +33,43 @@ def command(
     stops = stop_ids(tokenizer, None)
     messages = start = [{"role": "system", "content": system}] if system else []
     typer.echo(f"{what} on {policy.device}. {'/base switches the adapter off and on, ' if name else ''}/reset forgets, /exit ends.")
-    turn = 0
-    while True:
-        try:
-            said = input("> ").strip()
-        except EOFError:
-            typer.echo()
-            return
-        if said in ("/exit", "/quit"):
-            return
-        if said == "/reset":
-            messages = list(start)
-            typer.echo("forgotten")
-        elif said == "/base" and name:
-            policy.use(None if policy.active else name)
-            typer.echo("adapter off: this is the base" if policy.active is None else "adapter on")
-        elif said.startswith("/use "):
+    with products(policy.lm, max_new):  # weights are laid out once for all turns
+        turn = 0
+        while True:
             try:
-                policy.use(None if said.split()[1] == "none" else said.split()[1])
-                name = policy.active or name
-                typer.echo(f"now answers: {policy.active or 'the base'}")
-            except LuthierError as e:
-                typer.echo(str(e))
-        elif said.startswith("/"):
-            typer.echo(f"{said}: there are /reset, {'/base, /use NAME, ' if name else ''}/exit")
-        elif said:
-            messages = [*messages, {"role": "user", "content": said}]
-            ids = list(render_prompt(messages, tokenizer, None))
-            if len(ids) >= policy.limit - 8:
-                typer.echo(f"the conversation is {len(ids)} tokens long, all this model can read; /reset forgets it")
-                messages = messages[:-1]
-                continue
-            printer = _Printer(tokenizer)
-            out = policy.generate([ids], max_new=max_new, temperature=temperature, top_p=top_p, seed=seed + turn, stop=stops, on_token=printer)
-            typer.echo()
-            messages = [*messages, {"role": "assistant", "content": tokenizer.decode(out.ids[0], skip_special_tokens=True).strip()}]
-            turn += 1
+                said = input("> ").strip()
+            except EOFError:
+                typer.echo()
+                return
+            if said in ("/exit", "/quit"):
+                return
+            if said == "/reset":
+                messages = list(start)
+                typer.echo("forgotten")
+            elif said == "/base" and name:
+                policy.use(None if policy.active else name)
+                typer.echo("adapter off: this is the base" if policy.active is None else "adapter on")
+            elif said.startswith("/use "):
+                try:
+                    policy.use(None if said.split()[1] == "none" else said.split()[1])
+                    name = policy.active or name
+                    typer.echo(f"now answers: {policy.active or 'the base'}")
+                except LuthierError as e:
+                    typer.echo(str(e))
+            elif said.startswith("/"):
+                typer.echo(f"{said}: there are /reset, {'/base, /use NAME, ' if name else ''}/exit")
+            elif said:
+                messages = [*messages, {"role": "user", "content": said}]
+                ids = list(render_prompt(messages, tokenizer, None))
+                if len(ids) >= policy.limit - 8:
+                    typer.echo(f"the conversation is {len(ids)} tokens long, all this model can read; /reset forgets it")
+                    messages = messages[:-1]
+                    continue
+                printer = _Printer(tokenizer)
+                out = policy.generate([ids], max_new=max_new, temperature=temperature, top_p=top_p, seed=seed + turn, stop=stops, on_token=printer)
+                typer.echo()
+                messages = [*messages, {"role": "assistant", "content": tokenizer.decode(out.ids[0], skip_special_tokens=True).strip()}]
+                turn += 1
 
 
 class _Printer:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 if TYPE_CHECKING:
     from ..policy import Policy
 
-WINDOW = 64  # prompts read, answered and written at a time
+WINDOW = 256  # answers asked for and written at a time
 
 
 def command(
@@ -22,6 +22,7 @@ def command(
     model: Annotated[str | None, typer.Option(help="The adapter's base, where it is not where the adapter says.")] = None,
     system: Annotated[str | None, typer.Option(help="A system message before every prompt.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without a chat template.")] = False,
+    samples: Annotated[int, typer.Option(min=1, help="Answers to each prompt; more than one need a temperature.")] = 1,
     max_new: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
     top_k: Annotated[int, typer.Option(min=0, help="Choose among the k likeliest tokens; 0: all.")] = 0,
@@ -30,6 +31,7 @@ def command(
     precision: Annotated[str, typer.Option(help="float32, bfloat16, or auto: what this machine does fast.")] = "auto",
     adapter: Annotated[list[str] | None, typer.Option(help="One more adapter on the same base, NAME=FOLDER; may be given several times.")] = None,
     use: Annotated[str | None, typer.Option(help="What answers: a name of --adapter, default (that of the first argument), a+b for a stack, none.")] = None,
+    engine: Annotated[Literal["luthier", "vllm"], typer.Option(help="What runs the model; vllm needs a GPU and the extra of that name.")] = "luthier",
 ) -> None:
     """Generate: `luthier generate runs/NAME --prompt "..."`, or `--input prompts.jsonl --output answers.jsonl` in batches."""
     from ..errors import LuthierError
@@ -38,38 +40,62 @@ def command(
         raise LuthierError('say either --prompt "..." or --input FILE.jsonl')
     if input and not output:
         raise LuthierError("--input needs --output: where the answers go, one JSON object a line")
-    how = {"max_new": max_new, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    if samples > 1 and temperature == 0:
+        raise LuthierError(f"--samples {samples} with a temperature of 0 would be the same answer {samples} times; set --temperature, for example 1")
+    how = {"samples": samples, "max_new": max_new, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     rows = _read(input) if input else [{"prompt": p} for p in prompt or []]
-    done = _done(output, rows) if output else 0
-    if output and done == len(rows):
+    done = _done(output, rows, samples) if output else 0
+    if output and done == len(rows) * samples:
         typer.echo(f"{output}: all {done} answers are there already")
         return
+    policy = _opened(what, model, precision, adapter or [], use, engine)
+    if output:
+        _to_file(policy, rows, output, done, system, raw, how)
+        return
+    for row in rows:
+        for s, out in enumerate(_answers(policy, [row], system, raw, 0, how), 1):
+            typer.echo(f"[{s} of {samples}] {out['answer']}" if samples > 1 else out["answer"])
+
+
+def _opened(what: str, model: str | None, precision: str, adapters: list[str], use: str | None, engine: str) -> Policy:
+    """The model that answers: a policy, or an engine that answers as one."""
+    from ..errors import LuthierError
     from ..measure import can_write
+
+    if engine == "vllm":
+        from ..vllm_engine import open_engine
+
+        if adapters or use or precision not in ("auto", "float32", "bfloat16"):
+            raise LuthierError("--engine vllm serves the model or the LoRA that is named first, in float32 or bfloat16; leave out --adapter and --use")
+        return open_engine(what, model=model, **({} if precision == "auto" else {"dtype": precision}))  # type: ignore[return-value]
     from ..opening import load, named
 
-    policy = load(what, model=model, precision=precision, adapters=named(adapter or []), use=use)
+    policy = load(what, model=model, precision=precision, adapters=named(adapters), use=use)
     can_write(policy)
-    if not output:
-        for row in rows:
-            typer.echo(_answers(policy, [row], system, raw, 0, how)[0]["answer"])
-        return
-    _to_file(policy, rows, output, done, system, raw, how)
+    return policy
 
 
 def _to_file(policy: Policy, rows: list[dict[str, Any]], output: Path, done: int, system: str | None, raw: bool, how: dict[str, Any]) -> None:
     from rich.progress import track
 
+    samples = how["samples"]
     if done:
-        typer.echo(f"{output}: going on after {done} of {len(rows)}")
+        typer.echo(f"{output}: going on after {done} of {len(rows) * samples}")
+    window = max(1, WINDOW // samples)
     with output.open("a", encoding="utf-8") as f:
-        for start in track(range(done, len(rows), WINDOW), description="answering"):
-            for row, out in zip(rows[start : start + WINDOW], _answers(policy, rows[start : start + WINDOW], system, raw, start, how), strict=True):
-                f.write(json.dumps({**row, **{k: out[k] for k in ("answer", "stopped", "tokens")}}, ensure_ascii=False) + "\n")
+        for start in track(range(done // samples, len(rows), window), description="answering"):
+            got = _answers(policy, rows[start : start + window], system, raw, start, how)
+            for i, out in enumerate(got, start * samples):
+                if i >= done:
+                    which = {"sample": i % samples} if samples > 1 else {}
+                    line = {**rows[i // samples], **which, **{k: out[k] for k in ("answer", "stopped", "tokens")}}
+                    f.write(json.dumps(line, ensure_ascii=False) + "\n")
             f.flush()
-    typer.echo(f"{output}: {len(rows)} answers")
+    typer.echo(f"{output}: {len(rows) * samples} answers")
 
 
 def _answers(policy: Policy, rows: list[dict[str, Any]], system: str | None, raw: bool, first: int, how: dict[str, Any]) -> list[dict[str, Any]]:
+    """To each row ``how["samples"]`` answers, side by side."""
     from ..measure import answer
 
     if raw:
@@ -107,7 +133,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _done(output: Path, rows: list[dict[str, Any]]) -> int:
+def _done(output: Path, rows: list[dict[str, Any]], samples: int) -> int:
     """How many answers a file holds already; a half-written last line is dropped. Raises LuthierError where they answer other prompts."""
     from ..errors import LuthierError
 
@@ -117,12 +143,14 @@ def _done(output: Path, rows: list[dict[str, Any]]) -> int:
         return 0
     lines = output.read_text(encoding="utf-8").splitlines(keepends=True)
     whole = [line for line in lines if line.endswith("}\n")]
-    for number, (line, row) in enumerate(zip(whole, rows, strict=False), 1):
+    for i, (line, row) in enumerate(zip(whole, (r for r in rows for _ in range(samples)), strict=False)):
         there = json.loads(line)
+        if there.get("sample", 0) != i % samples:
+            raise LuthierError(f"{output}:{i + 1}: was written with another number of --samples; choose another --output, or delete it")
         if any(there.get(k) != row[k] for k in ("prompt", "messages") if k in row):
-            raise LuthierError(f"{output}:{number}: answers another prompt than the input's; choose another --output, or delete it")
-    if len(whole) > len(rows):
-        raise LuthierError(f"{output}: holds {len(whole)} answers, and the input has {len(rows)} prompts; choose another --output")
+            raise LuthierError(f"{output}:{i + 1}: answers another prompt than the input's; choose another --output, or delete it")
+    if len(whole) > len(rows) * samples:
+        raise LuthierError(f"{output}: holds {len(whole)} answers, and {len(rows) * samples} are asked for; choose another --output")
     if len(whole) < len(lines):
         output.write_text("".join(whole), encoding="utf-8")
     return len(whole)

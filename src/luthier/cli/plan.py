@@ -14,6 +14,7 @@ from .train import asked
 if TYPE_CHECKING:
     from ..memory import Plan, Prediction
     from ..run import Run
+    from ..stages import Stage, Stages
 
 SIZES = "12GB,24GB,48GB,80GB"
 TIGHT = 0.05  # of the memory: less than this to spare is little
@@ -25,17 +26,28 @@ def command(
     model: Annotated[str | None, typer.Option(help="The base: a folder with config.json is enough; short for model.id=...")] = None,
     method: Annotated[str | None, typer.Option(help="What trains: short for method=...")] = None,
     objective: Annotated[str | None, typer.Option(help="What the loss is: short for objective=...")] = None,
+    stage: Annotated[str | None, typer.Option(help="Of a run file with stages: plan this one. Default: all of them, a line each.")] = None,
     on: Annotated[str | None, typer.Option(help=f"GPUs to judge by, by their memory. Default: {SIZES}, without advice for those that are too small.")] = None,
 ) -> None:
     """Predict the memory of a run: `luthier plan run.yaml recompute=blocks`, `luthier plan --model FOLDER method.rank=64 --on 24GB`.
 
     The micro-batch is the largest that the settings allow. 1 GB is 10^9 bytes; a GPU sold as 24 GB has a little more.
     """
-    from ..config import load_run
+    from ..config import ConfigError, load_run
+    from ..stages import has_stages, load_stages
 
     rooms = _rooms(on or SIZES)
     file, _, settings = asked(what or [], model, method, objective)
-    run = load_run(file, settings)
+    if file is not None and has_stages(file):
+        stages = load_stages(file, settings)
+        if stage is None:
+            _each(stages, rooms, file)
+            return
+        run = _of_stage(stages, stages.stage(stage))
+    elif stage is not None:
+        raise ConfigError(f"--stage {stage}: {file or 'this run'} has no stages; it is planned as a whole, without --stage")
+    else:
+        run = load_run(file, settings)
 
     from .. import build
     from ..memory import machine
@@ -60,6 +72,32 @@ def command(
     for name, room in rooms.items() if on is not None else ():
         if q.total > room:
             _advise(planner, run, "cuda", name, room)
+
+
+def _of_stage(stages: Stages, stage: Stage) -> Run:
+    """The run of a stage; what an earlier stage will leave has the modules of the model that one begins from."""
+    from ..rehearsal import check_handed, standing_in
+
+    check_handed(stages, stage)
+    return standing_in(stages, stage, {})[0]
+
+
+def _each(stages: Stages, rooms: dict[str, int], file: str) -> None:
+    """The peak of every stage, and which devices it fits."""
+    from .. import build
+    from ..memory import machine
+
+    planner = Planner()
+    for note in stages.notes:
+        typer.echo(note)
+    for stage in stages.stages:
+        run, _ = build.resolve(_of_stage(stages, stage))
+        here = run.place.device
+        p, q, free = planner.predict(run, here.type), planner.predict(run, "cuda"), machine(here)[1]
+        fits = [name for name, room in rooms.items() if q.total <= room]
+        typer.echo(f"stage {stage.place} {stage.name}: {p.trained:,} trained parameters; {size(p.total)} on this machine: {verdict(p, free)}")
+        typer.echo(f"  {size(q.total)} on a GPU: " + (f"fits {', '.join(fits)}" if fits else f"fits none of {', '.join(rooms)}"))
+    typer.echo(f"one stage in full: luthier plan {file} --stage {stages.stages[-1].name}")
 
 
 def size(n: float) -> str:

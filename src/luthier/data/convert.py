@@ -8,11 +8,14 @@ from typing import Any
 
 from .formats import SEPARATOR, Bad, Record
 from .shapes import NEEDED, Chat, Document, Shape
+from .trees import NAME as TREE
+from .trees import paths
 
 _ROLES = {
     "system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant",
     "function_call": "assistant", "tool": "tool", "function": "tool", "observation": "tool", "function_response": "tool",
 }  # fmt: skip
+MESSAGES = Shape("messages", {"messages": "messages"})
 _BEFORE = {"user": ("", "system", "assistant"), "assistant": ("user", "tool"), "tool": ("assistant", "tool"), "system": ("",)}
 _KEPT = ("name", "tool_call_id", "reasoning_content")  # further keys of a message that templates read
 
@@ -22,7 +25,9 @@ class RowError(Exception):
 
 
 def convert(record: Record, shape: Shape, bad: Bad) -> list[Chat | Document]:
-    """The record in normal form. Several answers to one prompt become one chat each; a bad row is reported and gives none."""
+    """The record in normal form. Several answers to one prompt, and the best paths of a tree, become one chat each; a bad row is reported and gives none."""
+    if shape.name == TREE:
+        return [chat for path in paths(record, bad) for chat in convert(path, MESSAGES, bad)]
     try:
         if shape.is_text:
             return [_document(record, shape)]

@@ -11,6 +11,7 @@ from ..core import LuthierError, Row, examples_of
 from . import labels, rankings
 from .formats import Bad
 from .rows import Counts, sides
+from .trees import listed
 
 Say = Callable[[str], None]
 
@@ -23,6 +24,7 @@ def refuse_nothing(max_tokens: int, bad: Bad, counts: Counts, facts: Mapping[str
     if counts.dropped_long:
         causes.append(f"{counts.dropped_long} longer than max_tokens={max_tokens} and dropped: raise data.max_tokens or set data.over_length=truncate")
     causes += [f"{n}: {text}" for text, n in counts.notes.items()]
+    causes += [f"left out: {what}: {n}" for what, n in bad.left_out.items()]
     raise LuthierError(f"no trained token is left of {facts.get('records', 0)} records. {'; '.join(causes) or 'All of them are too short: one token each.'}")
 
 
@@ -39,6 +41,7 @@ def count(facts: dict[str, Any], train: Sequence[Row], held: Sequence[Row], bad:
     facts["dropped_long"], facts["truncated"] = counts.dropped_long, counts.truncated
     facts["cut_responses"], facts["split"] = counts.cut_responses, counts.split
     facts["notes"] = dict(counts.notes)
+    facts["left_out"] = dict(bad.left_out)
     facts["validation"]["rows"] = len(held)
     facts["validation"]["tokens"] = int(sum(sum(sides(r)) for r in held))
 
@@ -52,6 +55,8 @@ def learned(facts: Mapping[str, Any]) -> str:
         return "read; which answer is better is learned"
     if facts["renders"] in ("pairs", "judged"):
         return f"{share:.0%} in the judged answers"
+    if facts["renders"] == "prompts":
+        return "prompts to answer"
     return f"{share:.0%} may be hidden" if facts["renders"] == "masked" else f"{share:.0%} trained"
 
 
@@ -66,6 +71,10 @@ def say_counts(facts: Mapping[str, Any], say: Say) -> None:
             say(line)
     if facts["bad_rows"]:
         say(f"{facts['bad_rows']:,} bad rows skipped; the first: {facts['bad_examples'][0]}")
+    if len(facts.get("languages", {})) > 1:
+        say(f"languages: {listed(facts['languages'])}; data.languages=[...] reads some of them only")
+    for what, n in facts["left_out"].items():
+        say(f"left out: {what}: {n:,}")
     if facts["dropped_long"]:
         say(f"{facts['dropped_long']:,} records longer than {facts['max_tokens']} tokens dropped")
     if facts["split"]:

@@ -11,9 +11,10 @@ from typing import Any
 from ..core import Row
 from .labels import Labelled, name_of
 from .preferences import Judged
+from .prompted import Prompted
 from .shapes import Chat, Document
 
-Item = Chat | Document | Labelled | Judged
+Item = Chat | Document | Labelled | Judged | Prompted
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,14 @@ def key(item: Item) -> str:
     """Equal for records that would leak into one another if they were divided: the same text, or the same opening of a conversation."""
     if isinstance(item, Judged):  # as the conversation of any of its answers: they open alike
         item = item.chats[0]
-    if isinstance(item, Document):
+    if isinstance(item, Document | Prompted) and item.text:
         text = item.text
     elif isinstance(item, Labelled):
         text = json.dumps(item.texts)
+    elif isinstance(item, Prompted):
+        text = json.dumps(item.messages, sort_keys=True)
     else:
+        assert isinstance(item, Chat)
         until = next(i for i, m in enumerate(item.messages) if m["role"] == "assistant")
         text = json.dumps(item.messages[:until], sort_keys=True)
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
@@ -94,6 +98,10 @@ def records(held: Mapping[str, Group]) -> list[Held]:
     for group in held.values():
         for item in group.items:
             if isinstance(item, Document):
+                continue
+            if isinstance(item, Prompted):
+                opening = item.messages or [{"role": "user", "content": item.text}]
+                out[f"row {len(out)}"] = Held(opening, list(item.references), item.tools, item.where, item.extras)
                 continue
             if isinstance(item, Labelled):
                 references = [] if item.label is None else [name_of(item.label)]

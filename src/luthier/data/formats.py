@@ -7,8 +7,10 @@ what is wrong with it, and must never vanish silently.
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +20,7 @@ from ..core import LuthierError
 
 SEPARATOR = "<|endoftext|>"  # alone on a line of a text file: here one document ends and the next begins
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".md", ".label", ".all")
+PACKED = (".jsonl", ".json", ".csv", ".tsv", ".txt")  # may also end with .gz
 LONGEST_LINE = 64 * 2**20
 
 
@@ -36,6 +39,7 @@ class Bad:
     policy: Literal["stop", "skip", "fatal"] = "stop"  # fatal: stop where skipping would not help
     count: int = 0
     rows: list[tuple[str, str]] = field(default_factory=list)  # (where, reason), the first 20
+    left_out: dict[str, int] = field(default_factory=dict)  # what a rule and not a fault keeps from being read, and how much of it
 
     def add(self, where: str, reason: str, fix: str = "Correct the row") -> None:
         """Report one row. ``reason``: what was found and what is accepted; ``fix``: what to do about it."""
@@ -47,15 +51,28 @@ class Bad:
         if len(self.rows) < 20:
             self.rows.append((where, reason))
 
+    def leave_out(self, what: str, n: int = 1) -> None:
+        """Count what is not read, and rightly so."""
+        if n:
+            self.left_out[what] = self.left_out.get(what, 0) + n
+
+
+def suffix_of(path: Path) -> str:
+    """What kind of file this is: ".jsonl" of a.jsonl and of a.jsonl.gz."""
+    inner = path.with_suffix("").suffix.lower()
+    return inner if path.suffix.lower() == ".gz" and inner in PACKED else path.suffix.lower()
+
 
 def read_file(path: Path, *, bad: Bad) -> Iterator[Record]:
-    """The records of one file, by its suffix; at least one, or an error."""
+    """The records of one file, by its suffix; at least one, or an error. A table of messages is read as the trees they make."""
+    from .trees import whole_trees  # which is made of records
+
     readers: dict[str, Callable[[Path, Bad], Iterator[Record]]] = {
         ".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _tsv, ".parquet": _parquet, ".arrow": _arrow, ".txt": _text, ".md": _text,
         ".label": _labelled_lines, ".all": _labelled_lines,
     }  # fmt: skip
     before, any_record = bad.count, False
-    for record in readers[path.suffix.lower()](path, bad):
+    for record in whole_trees(readers[suffix_of(path)](path, bad), bad):
         any_record = True
         yield record
     if not any_record:
@@ -64,8 +81,15 @@ def read_file(path: Path, *, bad: Bad) -> Iterator[Record]:
 
 
 def lines(path: Path, bad: Bad) -> Iterator[tuple[int, str]]:
-    """(number from 1, text without its end) of every line. Handles a byte order mark and CRLF; bad UTF-8 and huge lines are bad rows."""
-    with path.open("rb") as file:
+    """(number from 1, text without its end) of every line. Handles a byte order mark, CRLF and .gz; bad UTF-8 and huge lines are bad rows."""
+    try:
+        yield from _lines(path, bad)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
+        raise LuthierError(f"{path}: cannot be unpacked ({str(e).lower()}). Check that it was written completely, or unpack it: gunzip {path.name}.") from None
+
+
+def _lines(path: Path, bad: Bad) -> Iterator[tuple[int, str]]:
+    with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
         number = 0
         while raw := file.readline(LONGEST_LINE + 1):
             number += 1

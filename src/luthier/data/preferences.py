@@ -2,7 +2,7 @@
 
 Pairs (chosen, rejected), rankings (ranked: best first, a list inside it for a tie) and single judged answers (label: true or false), with the prompt as
 a text, as messages, or inside the answers: then what all answers begin with is the prompt. A text of turns that begin with "Human:" and "Assistant:"
-(Bai et al., 2022, arXiv 2204.05862) is read as a conversation.
+(Bai et al., 2022, arXiv 2204.05862) is read as a conversation. Conversation trees with ranked replies (see trees.py) hold a ranking for each question.
 """
 
 from __future__ import annotations
@@ -18,12 +18,17 @@ from ..core import LuthierError
 from .convert import convert
 from .formats import Bad, Record
 from .shapes import Chat, Shape
+from .trees import NAME as TREE
+from .trees import is_tree, rankings
 
 PARTS = ("prompt", "system", "tools", "chosen", "rejected", "ranked", "completion", "label", "margin", "tie")
 PROMPTS = ("prompt", "question", "query", "instruction", "messages", "conversations", "conversation")
 ANSWERS = ("completion", "response", "answer", "output")
 LABELS = ("label", "kto_tag")
 REJECTED = ("rejected", "rejected_response")
+RANKED = Shape("ranked", {"prompt": "prompt", "ranked": "ranked"})
+BETWEEN = "answers between the best and the worst of a ranking: it says which are better, not whether they are good"
+ALL_TIED = "records whose answers are all tied: which of them are good is not said"
 TURN = re.compile(r"(?:\A|\n\n)(Human|Assistant):")
 
 
@@ -48,12 +53,14 @@ class Judged:
 
 
 def detect_preferences(records: Sequence[Record], *, renders: str, columns: Mapping[str, str] | None = None, judged: bool = True) -> Shape:
-    """Which columns hold prompt and answers: a Shape "pairs", "ranked" or "judged". ``columns`` (ours: yours) decides first.
+    """Which columns hold prompt and answers: a Shape "pairs", "ranked", "judged" or "tree". ``columns`` (ours: yours) decides first.
 
     ``renders``: what the objective reads: pairs and rankings ("ranked", "pairs"), or single answers ("judged", which takes pairs apart). ``judged`` False:
     the answers are to be scored, so a prompt and one answer will do. Raises LuthierError where a part is missing, naming what would be read.
     """
     first, there = records[0], {key for r in records for key in r.fields}
+    if is_tree(first.fields) and not columns:
+        return Shape(TREE, {"prompt": "prompt"})
     found = _mapped(first, there, columns or {})
     free = there - set(found.values())
 
@@ -123,16 +130,23 @@ class _Unusable(Exception):
 
 
 def convert_preferences(record: Record, shape: Shape, bad: Bad, *, renders: str) -> list[Judged]:
-    """The record in normal form; a bad row is reported and gives none. For ``renders`` "judged" a ranking of two is a good and a bad answer."""
+    """The record in normal form; a bad row is reported and gives none. A tree gives its rankings.
+
+    For ``renders`` "judged" the best answers of a ranking are good and the worst are bad; what lies between is left out, and counted.
+    """
+    if shape.name == TREE:
+        return [item for r in rankings(record, bad) for item in convert_preferences(r, RANKED, bad, renders=renders)]
     try:
         item = _converted(record, shape)
         if renders != "judged" or item.good is not None or not item.ranks:
             return [item]
-        if len(item.ranks) != 2:
-            raise _Unusable(f"a ranking of {len(item.ranks)} answers says which are better, not which are good; pairs and single judged answers are accepted")
-        if item.ranks[0] == item.ranks[1]:
-            raise _Unusable("a tie says of neither answer whether it is good")
-        return [replace(item, chats=(c,), ranks=(), good=rank == 0) for c, rank in zip(item.chats, item.ranks, strict=True)]
+        worst = max(item.ranks)
+        if worst == 0:
+            bad.leave_out(ALL_TIED)
+            return []
+        bad.leave_out(BETWEEN, sum(0 < rank < worst for rank in item.ranks))
+        ends = [(c, rank) for c, rank in zip(item.chats, item.ranks, strict=True) if rank in (0, worst)]
+        return [replace(item, chats=(c,), ranks=(), good=rank == 0) for c, rank in ends]
     except _Unusable as e:
         bad.add(record.where, str(e))
         return []

@@ -20,11 +20,13 @@ from .encode import render_labelled, render_masked
 from .formats import Bad, Record, read_file
 from .labels import Labelled, Problem, convert_labelled, detect_labelled
 from .preferences import Judged, convert_preferences, detect_preferences
+from .prompted import Prompted, convert_prompts, detect_prompts, render_prompts
 from .render import render_chats, render_chats_as_text, render_texts
 from .rows import Counts, Dropped, Form, OverLength
 from .seq2seq import render_answers
 from .shapes import LOOK_AT, Chat, Document, Shape, detect
 from .sources import files_of, read, splits_of
+from .trees import in_languages
 
 DECODER = Form()
 PREFERENCES = ("ranked", "pairs", "judged")
@@ -50,10 +52,12 @@ class _Reading:
     shape: str
     columns: Mapping[str, str]
     split: str
+    languages: Sequence[str]
     max_tokens: int
     over_length: OverLength
     say: Say
     progress: Callable[[int], None] | None
+    beginning: int
 
 
 def prepare(
@@ -67,6 +71,7 @@ def prepare(
     shape: str = "auto",
     columns: Mapping[str, str] | None = None,
     split: str = "train",
+    languages: Sequence[str] = (),
     limit: int | None = None,
     over_length: OverLength = "truncate",
     train_on: Literal["all", "last"] = "all",
@@ -78,19 +83,22 @@ def prepare(
     labels: Sequence[str] = (),
     seed: int = 0,
     say: Say = print,
+    beginning: int = 16,
     progress: Callable[[int], None] | None = None,
 ) -> Prepared:
     """Read, convert, render and divide. ``say`` gets one line for each thing the user should know; ``progress`` the records rendered.
 
-    ``form``: what kind of model the rows are for. ``problem`` and ``labels``: for labelled texts, where they are known already.
+    ``form``: what kind of model the rows are for. ``problem`` and ``labels``: for labelled texts, where they are known already. ``beginning``: where the
+    model is to go on from raw text, so many tokens of it are the prompt.
     """
     if not sources:
         raise LuthierError("no training data: set data.train to a file, a folder or a Hub data set id.")
     if renders in ("chat", *PREFERENCES) and over_length == "split":
         raise LuthierError("data.over_length=split is for raw text: half a conversation teaches nothing. Use truncate (cuts the prompt) or drop.")
     how = _Reading(
-        renderer=Renderer(tokenizer, template, train_on), renders=renders, form=form, shape=shape, columns=columns or {}, split=split, max_tokens=max_tokens,
-        over_length=over_length, say=say, progress=progress,
+        renderer=Renderer(tokenizer, template, train_on), renders=renders, form=form, shape=shape, columns=columns or {}, split=split,
+        languages=languages, max_tokens=max_tokens,
+        over_length=over_length, say=say, progress=progress, beginning=beginning,
     )  # fmt: skip
     bad, counts = Bad(on_bad_row), Counts()
     facts: dict[str, Any] = {"sources": list(sources), "renders": renders, "template": None, "max_tokens": max_tokens, "over_length": over_length}
@@ -156,6 +164,7 @@ def _open(sources: Sequence[str], how: _Reading, bad: Bad, facts: dict[str, Any]
         files = files_of(source, split or how.split)
         opened = [(source, read(source, bad=bad, split=how.split))] if files is None else [(str(f), read_file(f, bad=bad)) for f in files]
         for name, there in opened:
+            there = in_languages(there, how.languages, bad, facts.setdefault("languages", {}))
             first = list(islice(there, LOOK_AT))
             if not first:
                 raise LuthierError(f"{name}: no row in it.")
@@ -163,6 +172,8 @@ def _open(sources: Sequence[str], how: _Reading, bad: Bad, facts: dict[str, Any]
             shapes[name] = str(shape)
             how.say(f"{name}: {shape}")
             into: Callable[[Record, Shape, Bad], Sequence[Item]] = convert_labelled if how.renders == "label" else convert
+            if how.renders == "prompts":
+                into = convert_prompts
             if how.renders in PREFERENCES:
                 into = partial(convert_preferences, renders=how.renders)
             for record in chain(first, there):
@@ -174,6 +185,8 @@ def _shape(first: Sequence[Record], name: str, how: _Reading) -> Shape:
         if how.shape not in ("auto", "label"):
             raise LuthierError(f"data.shape={how.shape}: objective classify reads labelled texts; leave the shape out, or set data.shape=label.")
         return detect_labelled(first, columns=how.columns)
+    if how.renders == "prompts":
+        return detect_prompts(first, shape=how.shape, columns=how.columns)
     if how.renders in PREFERENCES:
         if how.shape != "auto":
             raise LuthierError(
@@ -212,7 +225,7 @@ def _groups(items: Iterator[Item], how: _Reading, bad: Bad, counts: Counts, fact
     seen = 0
     for item, rows in _rendered(islice(items, limit), how, bad, counts, facts):
         seen += 1
-        rows = [r for r in rows if (r.train if how.renders in ("label", "ranked") else r.train[1:]).any()]
+        rows = [r for r in rows if how.renders == "prompts" or (r.train if how.renders in ("label", "ranked") else r.train[1:]).any()]
         if not rows:
             continue
         group = groups.setdefault(key(item), Group())
@@ -234,6 +247,15 @@ def _rendered(items: Iterator[Item], how: _Reading, bad: Bad, counts: Counts, fa
         made = rankings.render_preferences(cast(Iterator[Judged], items), how.renderer, how.form, renders=how.renders, **how_much)
         for item, row in made:
             yield item, _or_bad(row, bad)
+        return
+    if how.renders == "prompts":
+        asked = render_prompts(
+            cast(Iterator[Prompted], items), how.renderer, how.form, max_tokens=how.max_tokens, beginning=how.beginning, counts=counts, progress=how.progress
+        )
+        for prompt, one in asked:
+            if prompt.messages:
+                _say_template(how, facts)
+            yield prompt, _or_bad(one, bad)
         return
     if how.renders == "masked":
         yield from render_masked(map(_as_text, cast(Iterator[Chat | Document], items)), codec, how.form, **how_much)

@@ -41,6 +41,8 @@ def counts_table(facts: Mapping[str, Any]) -> Table:
     table.add_row("length of a row", f"median {facts['median']:,}, longest {facts['longest']:,}, limit {facts['max_tokens']:,}")
     table.add_row(f"over length ({facts['over_length']})", _over(facts))
     table.add_row("bad rows", f"{facts['bad_rows']:,}" + "".join(f"\n{line}" for line in facts["bad_examples"]))
+    for what, n in facts["left_out"].items():
+        table.add_row("left out", f"{what}: {n:,}")
     for text, n in facts["notes"].items():
         table.add_row("note", f"{text} ({n:,} rows)")
     return table

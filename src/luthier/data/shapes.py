@@ -13,6 +13,8 @@ from typing import Any
 
 from ..core import LuthierError
 from .formats import Record
+from .trees import NAME as TREE
+from .trees import is_tree
 
 LOOK_AT = 100  # records read before the shape is decided
 SHAPES = ("text", "prompt", "alpaca", "messages", "sharegpt")
@@ -78,6 +80,8 @@ def detect(records: Sequence[Record], *, shape: str = "auto", columns: Mapping[s
     """The shape of these records; ``columns`` (ours: yours) and a given ``shape`` decide before the names do."""
     if columns:
         return _mapped(records, shape, columns)
+    if shape == "auto" and is_tree(records[0].fields):
+        return Shape(TREE, {"prompt": "prompt"})
     if shape == "auto":
         _refuse_judged(records[0])
     found: dict[str, tuple[Shape, Record]] = {}

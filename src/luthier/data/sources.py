@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..core import LuthierError
-from .formats import SUFFIXES, Bad, Record, read_file
+from .formats import SUFFIXES, Bad, Record, read_file, suffix_of
+from .trees import whole_trees
 
 _NOT_DATA = {"dataset_info.json", "state.json", "dataset_dict.json", "dataset_infos.json", "readme.md", "license.txt", "license.md"}
 _SPLIT_NAMES = {
@@ -27,7 +28,7 @@ def read(source: str, *, bad: Bad, split: str = "train") -> Iterator[Record]:
     """The records of a file, of a folder of files, or of a split of a Hub data set."""
     files = files_of(source, split)
     if files is None:
-        yield from _hub(source, split)
+        yield from whole_trees(_hub(source, split), bad)
         return
     for path in files:
         yield from read_file(path, bad=bad)
@@ -42,7 +43,7 @@ def files_of(source: str, split: str = "train") -> list[Path] | None:
         if _looks_like_hub_id(source):
             return None
         raise LuthierError(f"{source}: no such file or folder.{_nearest(path)}")
-    if path.suffix.lower() not in SUFFIXES:
+    if suffix_of(path) not in SUFFIXES:
         raise LuthierError(f"{source}: cannot tell what kind of file this is. Accepted: {' '.join(SUFFIXES)}. Rename it by what it holds.")
     if path.stat().st_size == 0:
         raise LuthierError(f"{source}: the file is empty (0 bytes). Check that it was written completely.")
@@ -54,9 +55,9 @@ def splits_of(folder: Path) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
     for path in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if hidden or not path.is_file() or path.suffix.lower() not in SUFFIXES or path.name.lower() in _NOT_DATA:
+        if hidden or not path.is_file() or suffix_of(path) not in SUFFIXES or path.name.lower() in _NOT_DATA:
             continue
-        words = re.split(r"[-_.]", path.stem.lower())
+        words = re.split(r"[-_.]", path.name.lower().removesuffix(".gz").rpartition(".")[0])
         found.setdefault(_SPLIT_NAMES.get(words[0]) or _SPLIT_NAMES.get(words[-1], ""), []).append(path)
     return found
 
@@ -81,7 +82,7 @@ def _folder(folder: Path, split: str) -> list[Path]:
 
 
 def _looks_like_hub_id(source: str) -> bool:
-    return bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", source)) and not source.startswith(".") and Path(source).suffix.lower() not in SUFFIXES
+    return bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", source)) and not source.startswith(".") and suffix_of(Path(source)) not in SUFFIXES
 
 
 def _nearest(path: Path) -> str:
@@ -89,7 +90,7 @@ def _nearest(path: Path) -> str:
     folder = path.parent
     if not folder.is_dir():
         return f" The folder {folder} does not exist either."
-    names = sorted(p.name for p in folder.iterdir() if p.is_dir() or p.suffix.lower() in SUFFIXES)
+    names = sorted(p.name for p in folder.iterdir() if p.is_dir() or suffix_of(p) in SUFFIXES)
     near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
     if near:
         return f" Did you mean {folder / near[0]}?"

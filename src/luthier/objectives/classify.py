@@ -33,11 +33,11 @@ Problem = Literal["auto", "single", "multiple", "regression"]
 class Head(nn.Module):
     """(S, D) vectors to (S, K) fp32 scores."""
 
-    def __init__(self, width: int, outputs: int, *, deep: bool, dropout: float, std: float):
+    def __init__(self, width: int, outputs: int, *, deep: bool, dropout: float, std: float, bias: bool = True):
         super().__init__()
         self.dense = nn.Linear(width, width) if deep else None
         self.dropout = nn.Dropout(dropout)
-        self.out = nn.Linear(width, outputs, bias=deep)
+        self.out = nn.Linear(width, outputs, bias=deep and bias)
         for linear in (self.dense, self.out):
             if linear is not None:
                 nn.init.normal_(linear.weight, std=std)
@@ -52,11 +52,12 @@ class Head(nn.Module):
         return self.out(self.dropout(x_SD))
 
 
-def new_head(base: Base, outputs: int, dropout: float) -> dict[str, nn.Module]:
-    """A head of so many outputs, new and small-random, in fp32 on the base's device, by its name."""
+def new_head(base: Base, outputs: int, dropout: float, *, bias: bool = True) -> dict[str, nn.Module]:
+    """A head of so many outputs, new and small-random, in fp32 on the base's device, by its name. ``bias``: of the outputs; decoders' heads have none."""
     std = getattr(base.model.config.get_text_config(), "initializer_range", None) or 0.02  # type: ignore[operator, union-attr]
     with torch.device(next(base.model.parameters()).device):
-        return {HEAD: Head(base.width, outputs, deep=base.anatomy.kind != "decoder", dropout=dropout, std=std)}
+        deep = base.anatomy.kind != "decoder"
+        return {HEAD: Head(base.width, outputs, deep=deep, dropout=dropout, std=std, bias=bias)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -56,7 +56,7 @@ class Objective:
 
     def heads(self, base: Base) -> dict[str, nn.Module]:
         """The head of one output, new and small-random, in fp32 on the base's device."""
-        return new_head(base, 1, self.dropout)
+        return new_head(base, 1, self.dropout, bias=False)  # pairs say nothing of where zero lies
 
     def collate(self, rows: Sequence[Row], *, pad: int, packed: bool) -> Batch:
         """Every answer once, and the pairs among them. A row without ranks is only scored; one with nothing marked stands for a rank without rows."""
@@ -80,7 +80,7 @@ class Objective:
         sums = {"rankings": (x["weight"] * loss_P).sum()}
         if self.centre:
             sums["centre"] = (x["weight"] * preferences.centring(reward_S, x["better"], x["worse"])).sum()
-        metrics = {"reward": (reward_S.sum(), torch.tensor(float(len(reward_S))))}
+        metrics = {"reward": (reward_S.sum(), reward_S.new_tensor(float(len(reward_S))))}
         if batch.units.get("compared"):
             weight_P = x["weight"] * ~x["tied"]
             metrics |= {"accuracy": ((weight_P * preferences.right(gap_P)).sum(), weight_P.sum()), "margin": ((weight_P * gap_P).sum(), weight_P.sum())}

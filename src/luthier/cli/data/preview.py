@@ -1,4 +1,4 @@
-"""luthier data: look at training data as the model will see it, before anything is trained."""
+"""luthier data preview: training data as the model will see it, before anything is trained."""
 
 from __future__ import annotations
 
@@ -6,34 +6,26 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(
-    add_completion=False, no_args_is_help=True, help="Look at data before it is trained on.", context_settings={"help_option_names": ["-h", "--help"]}
-)
 
-
-@app.callback()
-def data() -> None:
-    """Look at data before it is trained on."""
-
-
-@app.command()
-def preview(
+def command(
     file: Annotated[str, typer.Argument(metavar="DATA", help="A file, a folder, or a Hub data set id.")],
     settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings of a run, e.g. data.max_tokens=512.")] = None,
     model: Annotated[str, typer.Option(help="Whose tokenizer and chat template are used.")] = "fiddle",
-    objective: Annotated[str, typer.Option(help="sft: learn responses; text: the text itself; classify: labels; masked_text: hidden parts.")] = "sft",
+    objective: Annotated[
+        str, typer.Option(help="sft: learn responses; text: the text itself; classify: labels; masked_text: hidden parts; reward, dpo, kto: judged answers.")
+    ] = "sft",
     rows: Annotated[int, typer.Option(min=0, help="So many rows are shown.")] = 3,
 ) -> None:
     """Which shape the data has, what is trained, what is cut and what is wrong with it."""
     from rich.console import Console
     from rich.text import Text
 
-    from ..build import load, load_tokenizer
-    from ..config import load_run
-    from ..core import LuthierError
-    from ..data.preview import show
-    from ..plugins import plugin
-    from ..reading import form_of, read_data
+    from ...build import load, load_tokenizer
+    from ...config import load_run
+    from ...core import LuthierError
+    from ...data.preview import show
+    from ...plugins import plugin
+    from ...reading import form_of, read_data
 
     for setting in settings or []:
         if "=" not in setting:
