@@ -10,8 +10,9 @@ READY := .venv/.ready
 demo: $(READY)
 	@$(BIN)/luthier demo
 
+# One worker a core, one thread each: the models are tiny.
 test: $(READY)
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 
 check: $(READY)
 	@$(BIN)/ruff check .

@@ -56,7 +56,7 @@ def test_a_dry_run_lists_every_stage_with_what_it_trains(home, capsys):
 def test_plan_has_a_line_for_each_stage_or_one_in_full(home, capsys):
     code, out, err = said(capsys, "plan", home / "assistant.yaml", "optim.micro_tokens=512")
     assert code == 0, err
-    assert re.search(r"^stage 1 reading: 32,224 trained parameters; \d+ MB on this machine: fits", out, re.M) and re.search(
+    assert re.search(r"^stage 1 reading: 32,224 trained parameters; [\d.]+ [MG]B on this machine: fits", out, re.M) and re.search(
         r"^stage 2 sft: 512 trained", out, re.M
     )
     assert f"one stage in full: luthier plan {home / 'assistant.yaml'} --stage sft" in out
