@@ -271,3 +271,25 @@ def test_8_bit_moments_without_bitsandbytes_are_refused(monkeypatch):
     with pytest.raises(LuthierError, match="luthier\\[quant\\]"):
         Optimizer(larger(), lr=1e-2, state="8bit")
     Optimizer(params(), lr=1e-2, state="8bit")  # all of it is small: nothing to keep in 8 bits
+
+
+def test_what_got_no_gradient_is_neither_decayed_nor_carried_on_by_its_momentum():
+    """As torch leaves a parameter whose gradient is None. Weight decay once moved the policy while only its value learned."""
+    ours, theirs = params(), params()
+    optimizer = Optimizer(ours, lr=1e-2, weight_decay=0.1)
+    adam = torch.optim.AdamW([{"params": [theirs["a:w"]], "weight_decay": 0.1}, {"params": [theirs["b:w"]], "weight_decay": 0.0}], lr=1e-2)
+    first = ours["a:w"].detach().clone()
+    for s, names in enumerate([("b:w",), ("a:w", "b:w"), ("b:w",), ("b:w",)]):
+        for values, o in ((ours, optimizer), (theirs, adam)):
+            g = torch.Generator().manual_seed(s)
+            sum((values[n] * torch.randn(values[n].shape, generator=g)).sum() for n in names).backward()
+            o.step()
+            o.zero_grad()
+        if s == 0:
+            assert torch.equal(ours["a:w"], first)
+        if s == 1:
+            moved = ours["a:w"].detach().clone()
+            moments = {k: v.clone() for k, v in optimizer.state_dict()[0].items() if k.endswith("a:w")}
+    assert torch.equal(ours["a:w"], moved) and not torch.equal(moved, first)
+    assert all(torch.equal(v, moments[k]) for k, v in optimizer.state_dict()[0].items() if k in moments)
+    torch.testing.assert_close(ours["b:w"], theirs["b:w"], atol=1e-6, rtol=1e-6)

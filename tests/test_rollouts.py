@@ -109,6 +109,18 @@ def test_ppo_on_the_embedded_base_logs_what_it_does(home, tmp_path):
     assert any(s.startswith("rollout 1: reward ") for s in said)
 
 
+def test_the_best_held_out_reward_is_kept_and_patience_goes_by_it(home, tmp_path):
+    goal = f"{{kind: grpo, {reward(home)}, prompts: 4, samples: 4, max_new: 6, kl: 0}}"
+    more = ["optim.steps=12", "evaluate.every_steps=1", "evaluate.patience=3", "optim.lr=0.2", "evaluate.samples=0"]
+    result = execute(settings(home, tmp_path, goal, *more), reporter=QUIET)
+    seen = lines(tmp_path / "r", "evaluation")
+    best = max(seen, key=lambda x: x["reward"])
+    assert result.best_step == best["step"] and result.after.scores["reward"].value == pytest.approx(best["reward"])
+    assert len(seen) == min(12, best["step"] + 3) < 12 and result.stopped == "no better held-out reward in 3 evaluations"
+    last = execute(settings(home, tmp_path / "last", goal, *more, "evaluate.best=no"), reporter=QUIET)
+    assert last.best_step == last.steps if hasattr(last, "steps") else last.best_step == len(seen)
+
+
 def test_grpo_weighs_two_functions_and_watches_a_third(home, tmp_path):
     sources = f"rewards: {{'{home}/mine.py:small': 2.0, '{home}/mine.py:short': -0.5}}, watch: ['{home}/mine.py:deadly']"
     goal = f"{{kind: grpo, {sources}, prompts: 2, samples: 4, max_new: 12}}"

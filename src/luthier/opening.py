@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import adapter, build, codes
+from . import adapter, build, codes, remembered
 from .core import LuthierError
 from .hub import FIDDLE, locate
 from .plugins import kind_of, plugin
@@ -57,6 +57,8 @@ def load(
             raise LuthierError(f"{len(policy.deltas)} adapters are here: {', '.join(policy.deltas)}; say which serves: one, several joined by +, or none")
         policy.use(next(iter(policy.deltas)))
     place.put(policy)
+    if folder is not None:
+        remembered.recall(policy, folder)
     return policy.eval()
 
 

@@ -14,6 +14,7 @@ import logging
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -47,12 +48,15 @@ class _Group:
     pieces: list[Tensor] | None  # moments in 8 bits: the master, one view a tensor
 
 
-def _collect(p: Tensor, name: str, into: Tensor, seen: set[str]) -> None:
-    """Add a gradient to its place among the masters'. No hook holds the optimizer: Python's collector does not see through a hook, and would never free it."""
-    assert p.grad is not None
-    into += p.grad.flatten()
-    p.grad = None
+def _collect(p: Tensor, name: str, into: Tensor | None, seen: set[str], fresh: set[str]) -> None:
+    """Note a gradient; with ``into``, add it to its place among the masters'. No hook holds the optimizer: Python's collector does not see through a hook,
+    and would never free it."""
+    if into is not None:
+        assert p.grad is not None
+        into += p.grad.flatten()
+        p.grad = None
     seen.add(name)
+    fresh.add(name)
 
 
 class Optimizer:
@@ -78,7 +82,8 @@ class Optimizer:
         if not params:
             raise LuthierError("nothing to train: the method marked no parameter")
         self.lr = lr
-        self.seen: set[str] = set()  # names that have received a gradient
+        self.seen: set[str] = set()  # names that have ever received a gradient
+        self.fresh: set[str] = set()  # those that have since the last step
         sorted_out: dict[tuple[float, float, bool], list[str]] = {}
         for name, p in params.items():
             rule = next((r for pattern, r in (patterns or {}).items() if re.search(pattern, name)), {})
@@ -104,9 +109,9 @@ class Optimizer:
             if p.dtype == torch.float32:
                 p.data = master[s].view(p.shape)
                 p.grad = grad[s].view(p.shape)
-                p.register_post_accumulate_grad_hook(lambda _, name=name, seen=self.seen: seen.add(name))
-            else:
-                p.register_post_accumulate_grad_hook(lambda p, name=name, into=grad[s], seen=self.seen: _collect(p, name, into, seen))
+            p.register_post_accumulate_grad_hook(
+                partial(_collect, name=name, into=None if p.dtype == torch.float32 else grad[s], seen=self.seen, fresh=self.fresh)
+            )
         master.grad = grad
         pieces = [master[s] for s in slices] if coded else None
         for piece, s in zip(pieces or (), slices, strict=False):
@@ -128,17 +133,41 @@ class Optimizer:
             g.grad.mul_(by)
 
     def step(self) -> None:
-        """Move the masters, then round what is kept in 16 bits."""
+        """Move the masters, then round what is kept in 16 bits.
+
+        What got no gradient since the last step stays as it is, moments and all, as torch leaves a parameter whose gradient is None: it is neither
+        decayed nor carried on by its momentum (the policy while only its value learns).
+        """
+        still = {k: t.clone() for k, t in self._resting().items()}
         for adam in (self.adam, self.adam8):
             if adam is not None:
                 adam.step()
+        now = self._resting()
+        for key, before in still.items():
+            now[key].copy_(before)
+        self.fresh.clear()
         for g in self.groups:
             for p, s in zip(g.params, g.slices, strict=True):
                 if p.dtype != torch.float32:
                     p.data.copy_(g.master[s].view(p.shape))
 
+    def _resting(self) -> dict[str, Tensor]:
+        """What a step must not move: the masters and moments of tensors without a gradient. Moments that are not there yet are zeros, and stay zeros."""
+        out: dict[str, Tensor] = {}
+        for g in self.groups:
+            if self.fresh.issuperset(g.names):
+                continue
+            states = self._states(g)
+            for i, (name, s) in enumerate(zip(g.names, g.slices, strict=True)):
+                if name not in self.fresh:
+                    out[f"master|{name}"] = g.master[s]
+                    moments = {k: states[0][k][s] for k in _EXACT if states[0]} if g.pieces is None else {k: states[i][k] for k in _CODED if states[i]}
+                    out |= {f"{k}|{name}": t for k, t in moments.items()}
+        return out
+
     def zero_grad(self) -> None:
         """Forget all gradients."""
+        self.fresh.clear()
         for g in self.groups:
             g.grad.zero_()
 

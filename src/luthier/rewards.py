@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from . import adapter, opening, voices
+from . import adapter, opening, remembered, voices
 from .config import read as read_settings
 from .core import Answer, LuthierError, Row, join
 from .data.labels import Labelled
@@ -112,6 +112,8 @@ def of_model(folder: Path, label: str, policy: Policy, voice: str, name: str) ->
     theirs = (ours.get("base") or {}).get("hash")
     same = adapter.is_adapter(folder) and theirs == policy.base.hash and not voices.moves_base(policy.method)
     model: Any = voices.add_reader(policy, folder, voice) if same else opening.load(folder)
+    if same:
+        remembered.recall(model, folder)
     renders = getattr(model.objective, "renders", "")
     if renders == "ranked":
         if label:

@@ -117,9 +117,9 @@ class Evaluate:
     every_steps: Annotated[int | None, Range(1)] = None
     """Evaluate every so many steps. Default: about ten times a run."""
     patience: Annotated[int | None, Range(1)] = None
-    """Stop after so many evaluations without a better validation loss. Default: never."""
+    """Stop after so many evaluations without a better validation loss (held-out reward, under ppo and grpo). Default: never."""
     best: bool = True
-    """Keep the weights of the best validation loss; no: of the last step."""
+    """Keep the weights of the best validation loss (held-out reward, under ppo and grpo); no: of the last step."""
     samples: Annotated[int, Range(0)] = 3
     """So many fixed validation prompts are answered at each evaluation and written to samples.jsonl."""
     sample_tokens: Annotated[int, Range(1)] = 64

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from . import __version__, adapter, atomic, build, checkpoint, config, counts, references, rollouts, vocabulary
+from . import __version__, adapter, atomic, build, checkpoint, config, counts, references, remembered, rollouts, vocabulary
 from .anatomy import modules
 from .core import LuthierError, Row
 from .crafting import choose
@@ -67,7 +67,7 @@ class Progress:
     """Counters that a checkpoint carries on."""
 
     step: int = 0
-    best_loss: float = float("inf")
+    best_loss: float = float("inf")  # the lowest held-out loss, or minus the highest held-out reward
     best_step: int = 0
     stale: int = 0  # evaluations since the best
     skipped: int = 0  # steps with a non-finite loss
@@ -298,10 +298,11 @@ class Session:
         log.write("evaluation", step.step, now.numbers())
         p.history.append({"step": step.step, "train": step.loss, **now.numbers()})
         pending = self.policy.delta is not None and self.policy.delta.pending is not None and self.policy.delta.pending()
-        if pending or now.loss is None:  # of another form than what will be saved, or without a loss: neither the best nor a sign to stop
+        worth = _worth(now)
+        if pending or worth is None:  # of another form than what will be saved, or without a measure: neither the best nor a sign to stop
             pass
-        elif now.loss.value < p.best_loss:
-            p.best_loss, p.best_step, p.stale = now.loss.value, step.step, 0
+        elif worth < p.best_loss:
+            p.best_loss, p.best_step, p.stale = worth, step.step, 0
             self._keep_best()
         else:
             p.stale += 1
@@ -312,7 +313,7 @@ class Session:
                 "none of the sample answers stops by itself: the end-of-turn token is not learned yet; if this stays so, train longer or look at the template"
             )
         if self.run.evaluate.patience is not None and p.stale >= self.run.evaluate.patience:
-            self.stopped = f"no better validation loss in {p.stale} evaluations"
+            self.stopped = f"no better {'held-out reward' if self.judge else 'validation loss'} in {p.stale} evaluations"
 
     def _finish(self, log: Log) -> Measures:
         p = self.progress
@@ -324,7 +325,10 @@ class Session:
         if self.watch.rollouts and not rollouts.draw(self.watch.rollouts, self.folder / "rollouts.png"):
             self.say.note("matplotlib is not installed (pip install 'luthier[plots]'), so rollouts.png was not drawn; its numbers are in metrics.jsonl")
         facts = {"run": config.plain(self.run), "steps": p.step, "tokens": p.tokens, "seconds": round(p.seconds, 1), "before": p.before, "after": asdict(after)}
-        adapter.save(self.policy, self.folder / adapter.writes(self.policy.method), objective=self.objective, extra={"training": facts})
+        if self.policy.heads:
+            self.policy.objective = self.objective  # which reads them
+        extra = {"training": facts, remembered.KEY: remembered.told(self.policy, self.run.model.template)}
+        adapter.save(self.policy, self.folder / adapter.writes(self.policy.method), objective=self.objective, extra=extra)
         atomic.as_json(self.folder / "result.json", facts)
         return after
 
@@ -395,6 +399,13 @@ class Session:
         before = Measures.from_dict(p.before)
         best = p.best_step if self.run.evaluate.best and p.best_step else p.step
         return Result(self.folder, artefact, before, after, trained, whole, p.step, p.seconds, p.tokens, peak_bytes(self.run.place.device), best, self.stopped)
+
+
+def _worth(now: Measures) -> float | None:
+    """What `best` and `patience` go by, lower being better: the held-out loss, or minus the held-out reward where answers are learned from."""
+    if now.loss is not None:
+        return now.loss.value
+    return -now.scores["reward"].value if "reward" in now.scores else None
 
 
 class _Watch:

@@ -103,6 +103,29 @@ def test_eval_scores_beside_the_base_and_beside_copying(home, tmp_path, capsys):
     assert {"prompt", "refs", "tuned", "base", "copy"} == set(json.loads((tmp_path / "o.jsonl").read_text().splitlines()[0]))
 
 
+def test_eval_scores_answers_to_prompts_alone(home, tmp_path, capsys):
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": f"word {i}"}) + "\n" for i in range(6)))
+    (tmp_path / "mine.py").write_text("def reward(prompt, answer, row):\n    return sum(map(ord, answer)) + len(row['prompt'])\n")
+    ask = ("eval", home / "runs" / "r", "--data", tmp_path / "p.jsonl", "--max-new", 5)
+    code, out, _ = said(capsys, *ask, "--prompts", "--reward", tmp_path / "mine.py", "--json", "--output", tmp_path / "o.jsonl")
+    columns, lines = json.loads(out), [json.loads(x) for x in (tmp_path / "o.jsonl").read_text().splitlines()]
+    assert code == 0 and set(columns) == {"tuned", "base"} and len(lines) == 6
+    for name in columns:
+        assert columns[name]["mine"]["n"] == 6 and columns[name]["mine"]["value"] == pytest.approx(1 + sum(ord(c) for x in lines for c in x[name]) / 6)
+    assert columns["tuned"] != columns["base"]
+    code, out, _ = said(capsys, *ask[:3], home / "data.jsonl", "--prompts", "--task", "exact_match", "--rows", 5, "--json", "--max-new", 5)
+    assert code == 0 and json.loads(out)["tuned"]["exact_match"]["n"] == 5  # prompts that have answers are scored by them
+    for more, sentence in [
+        (("--task", "bleu"), "luthier eval --prompts"),
+        (("--prompts",), "nothing to score answers by"),
+        (("--prompts", "--task", "bleu"), "needs refs"),
+        (("--task", "bleu", "--reward", "mine.py"), "--reward, --temperature and --beginning are of --prompts"),
+        (("--prompts", "--text", "--task", "bleu"), "--prompts answers prompts that have no answers"),
+    ]:
+        code, _, err = said(capsys, *ask, *more)
+        assert code == 2 and sentence in err, err
+
+
 def test_eval_of_raw_text_gives_bits_per_byte(home, tmp_path, capsys):
     (tmp_path / "t.txt").write_text("Nothing much happens here.\n" * 3)
     code, out, _ = said(capsys, "eval", home / "base", "--data", tmp_path / "t.txt", "--text", "--json")

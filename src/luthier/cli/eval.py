@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +23,15 @@ def command(
     text: Annotated[
         bool, typer.Option("--text", help="Raw text: loss and bits per byte (of hidden tokens, for models that are no decoders), no tasks.")
     ] = False,
+    prompts: Annotated[
+        bool, typer.Option("--prompts", help="Prompts alone, or the beginnings of raw text: answers are scored by --task and --reward, and there is no loss.")
+    ] = False,
+    reward: Annotated[
+        list[str] | None,
+        typer.Option(help="With --prompts: a source of reward to score by (runs/reward, runs/stars:good, ./mine.py); may be given several times."),
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="With --prompts: 0 answers greedily.")] = 0.0,
+    beginning: Annotated[int, typer.Option(min=1, help="With --prompts, of raw text: so many first tokens are the prompt.")] = 16,
     column: Annotated[list[str] | None, typer.Option(help="Which column is which, OURS=YOURS, e.g. text=review; may be given several times.")] = None,
     alone: Annotated[bool, typer.Option("--alone", help="Do not score the base beside an adapter.")] = False,
     copy_from: Annotated[str | None, typer.Option(help="Training data: also score copying the answer of its nearest prompt.")] = None,
@@ -40,14 +50,27 @@ def command(
     from ..opening import load, named
     from ..plugins import plugin
 
+    if prompts and (text or copy_from):
+        raise LuthierError("--prompts answers prompts that have no answers; --text and --copy-from read what they lack")
     if text and (task or copy_from or output):
         raise LuthierError("--text measures loss on raw text; --task, --copy-from and --output need prompts and answers")
+    if not prompts and (reward or temperature or beginning != 16):
+        raise LuthierError("--reward, --temperature and --beginning are of --prompts; say it too")
+    if prompts and not (task or reward):
+        raise LuthierError("--prompts: nothing to score answers by; name a --task, a --reward, or both")
     tasks = {name: plugin("tasks", name)() for name in task or []}
     more = named(adapter or [])
     policy = load(what, model=model, precision=precision, adapters=more, use=use or ("none" if more else None))
     serves = list(policy.deltas) if more and use is None else [policy.active]
     names = [*serves, None] if any(serves) and not alone and not policy.heads else serves  # a head without its delta says nothing
     policy.use(max(names, key=lambda n: policy.deltas[n].shift if n in policy.deltas else 0))  # rows are read for the one with the least room
+    if prompts:
+        how: dict[str, Any] = {"template": template, "columns": _columns(column or []), "beginning": beginning, "rows": rows or 500}
+        how |= {"max_new": max_new, "temperature": temperature, "seed": seed}
+        scores, written = _prompted(policy, data, list(tasks), reward or [], {n: _label(n, names, Path(what).name, bool(more)) for n in names}, how)
+        if output is not None:
+            output.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in written), encoding="utf-8")
+        return _show(scores, as_json)
     goal = _objective(policy, text)
     goal.serves(policy.base.anatomy.kind)
     if goal.renders == "label":
@@ -64,7 +87,7 @@ def command(
     answers: dict[str, list[str]] = {}
     for name in names:
         policy.use(name)
-        label = (name if more else "tuned") if name else ("base" if len(names) > 1 else Path(what).name)
+        label = _label(name, names, Path(what).name, bool(more))
         columns[label] = _losses(policy, prepared, goal)
         if tasks:
             answers[label] = _answers(policy, prepared, template, max_new)
@@ -77,10 +100,47 @@ def command(
         columns["copy"] = _scores(tasks, prepared, answers["copy"], seed)
     if output is not None:
         _write(output, prepared, answers)
+    return _show(columns, as_json)
+
+
+def _label(name: str | None, names: Sequence[str | None], what: str, more: bool) -> str:
+    """What a column is called."""
+    return (name if more else "tuned") if name else ("base" if len(names) > 1 else what)
+
+
+def _show(columns: dict[str, dict[str, Any]], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps({c: {k: _plain(v) for k, v in cells.items()} for c, cells in columns.items()}, indent=2))
     else:
         _print(columns)
+
+
+def _prompted(
+    policy: Policy, data: list[str], tasks: list[str], rewards: list[str], labels: dict[str | None, str], how: dict[str, Any]
+) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
+    """Scores of the answers to prompts alone, a column for each of ``labels``; and every prompt with its answers, as --output writes it."""
+    import sys
+
+    from rich.console import Console
+
+    from ..asking import answered, asked, scored
+    from ..measure import can_write
+    from ..progress import Reporter
+    from ..rewards import Judge
+
+    can_write(policy)
+    say = Reporter(Console(file=sys.stderr, highlight=False))
+    rows = asked(policy, data, template=how["template"], columns=how["columns"], beginning=how["beginning"], room=how["max_new"])[: how["rows"]]
+    judge = Judge(dict.fromkeys(rewards, 1.0), (), policy)
+    columns: dict[str, dict[str, Any]] = {}
+    written: list[dict[str, Any]] = [{"prompt": r.extras["task"]["prompt"], "refs": r.extras["task"]["refs"]} for r in rows]
+    for name, label in labels.items():
+        policy.use(name)
+        answers = answered(policy, rows, template=how["template"], max_new=how["max_new"], temperature=how["temperature"], seed=how["seed"], say=say)
+        columns[label] = scored(judge, answers, tasks, seed=how["seed"])
+        for line, a in zip(written, answers, strict=True):
+            line[label] = a.text
+    return columns, written
 
 
 def _objective(policy: Policy, text: bool) -> Any:

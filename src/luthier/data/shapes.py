@@ -167,6 +167,11 @@ def _unknown(record: Record, shape: str) -> LuthierError:
             f"{record.where}: not the shape {shape} that data.shape names: it needs {', '.join(NEEDED[shape])}. Columns found: {columns}. "
             f"Set data.columns={{{NEEDED[shape][-1]}: YOUR_COLUMN}}, or leave data.shape to be detected."
         )
+    if any(p in record.fields for p, _ in PAIRS) and not any(a in record.fields for _, a in PAIRS):
+        return LuthierError(
+            f"{record.where}: prompts without answers (columns {columns}): nothing to learn from by themselves. objective: ppo and grpo learn from them, and "
+            f"luthier eval --prompts scores what a model answers; else name the answers: data.columns={{prompt: {next(iter(record.fields))}, completion: ...}}."
+        )
     pairs = [p for p in PAIRS if p[0] in record.fields and p[1] in record.fields]
     which = f" Several pairs would do: {', '.join(f'{a} / {b}' for a, b in pairs)}." if pairs else ""
     pairs_text = ", ".join(f"{a} / {b}" for a, b in PAIRS)
