@@ -173,7 +173,7 @@ def server_of(url: str, model: str | None, key_env: str | None, timeout: float, 
 
 
 @contextmanager
-def progress(console: Console, total: int) -> Iterator[Callable[[], None]]:
+def progress(console: Console, total: int, doing: str = "judging", has: str = "judged") -> Iterator[Callable[[], None]]:
     """A bar with the time left; without a terminal a line now and then. Call what it gives once for each prompt."""
     import time
 
@@ -182,9 +182,9 @@ def progress(console: Console, total: int) -> Iterator[Callable[[], None]]:
     from ...progress import clock
 
     if console.is_terminal:
-        columns = (TextColumn("judging"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        columns = (TextColumn(doing), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
         with Progress(*columns, console=console) as bar:
-            task = bar.add_task("judging", total=total)
+            task = bar.add_task(doing, total=total)
             yield lambda: bar.advance(task)
         return
     began = last = time.monotonic()
@@ -195,7 +195,7 @@ def progress(console: Console, total: int) -> Iterator[Callable[[], None]]:
         count += 1
         now = time.monotonic()
         if now - last >= LINE_EVERY and count < total:
-            console.print(f"judged {count:,} of {total:,}, left {clock((now - began) / count * (total - count))}")
+            console.print(f"{has} {count:,} of {total:,}, left {clock((now - began) / count * (total - count))}")
             last = now
 
     yield done
