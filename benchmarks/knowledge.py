@@ -33,7 +33,7 @@ TUNED, EPOCHS, TUNE_RATE, SEEDS = 80, 20, 5e-4, 3
 RELATIONS = {
     "P19": ("[X] was born in [Y].", "[X] is originally from [Y]."),
     "P36": ("The capital of [X] is [Y].", "The capital city of [X] is [Y]."),
-    "P127": ("[X] is owned by [Y].", "[X] owner [Y]."),
+    "P159": ("[X] is headquartered in [Y].", "The headquarters of [X] is in [Y]."),
     "P740": ("[X] was founded in [Y].", "[X] started in [Y]."),
 }
 

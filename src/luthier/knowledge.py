@@ -181,7 +181,9 @@ class Probe:
 
     def plan(self) -> int:
         """How many questions are to be asked; the others are kept from before. Raises LuthierError where none fits the model's positions."""
-        first = {f.question: f for f in reversed(self.facts)}
+        first: dict[str, Fact] = {}
+        for fact in self.facts:
+            first.setdefault(fact.question, fact)
         todo: list[tuple[int, str, Fact]] = []
         for question, fact in first.items():
             ids = self.prompts(fact)
