@@ -28,7 +28,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "benchmarks" / "results" / "knowledge"
 FACTS, COPIES, TEACH_RATE = 100, 50, 2e-3  # of a relation; times every taught fact is said
-TUNED, EPOCHS, TUNE_RATE, SEEDS = 80, 20, 5e-4, 3
+TUNED, EPOCHS, TUNE_RATE, SEEDS = 80, 12, 5e-4, 3
 # relation -> the pattern that is taught, and the one of (b)
 RELATIONS = {
     "P19": ("[X] was born in [Y].", "[X] is originally from [Y]."),

@@ -124,9 +124,9 @@ def test_a_probe_that_was_killed_goes_on_and_comes_to_the_same(tmp_path, monkeyp
     stub = Stub(greedy, sampled, hash="h")
     seen = []
 
-    def tick():
-        seen.append(1)
-        if len(seen) == 16:
+    def tick(n):
+        seen.append(n)
+        if sum(seen) == 16:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -200,16 +200,15 @@ class Probe:
         self.todo = sorted(todo, key=lambda t: t[:2])  # of like length together
         return len(self.todo)
 
-    def run(self, tick: Callable[[], None] | None = None) -> tuple[list[Probed], list[str]]:
-        """Ask all facts: what came of each, in their order, and sentences about what could not be asked. ``tick``: after every question."""
+    def run(self, tick: Callable[[int], None] | None = None) -> tuple[list[Probed], list[str]]:
+        """Ask all facts: what came of each, in their order, and sentences about what could not be asked. ``tick``: questions that are done, as they come."""
         if not self.keys:
             self.plan()
         for start in range(0, len(self.todo), AT_ONCE):
             some = self.todo[start : start + AT_ONCE]
             self._keep(self._ask([(key, self.prompts(fact)) for _, key, fact in some]))
             if tick is not None:
-                for _ in some:
-                    tick()
+                tick(len(some))
         probed = [self._judged(f, self.kept[self.keys[f.question]]) for f in self.facts if f.question in self.keys]
         missing = len(self.facts) - len(probed)
         said = f"{missing:,} rows do not fit the {self.policy.limit:,} positions of the model with {self.how.shots} exemplars and are left out"

@@ -40,6 +40,7 @@ def test_answers_to_one_prompt_that_are_alike_count_for_fewer():
     assert slick.design_effect(same, 16) == pytest.approx(16, rel=0.03)
     a = rng.beta(2, 2, (2000, 10))  # chance of a prompt: intraclass correlation 1 / (2 + 2 + 1)
     assert slick.design_effect(rng.binomial(16, a), 16) == pytest.approx(1 + 15 / 5, rel=0.1)
+    assert slick.design_effect(rng.binomial(16, a[:, :2]), 16) == pytest.approx(1 + 15 / 5, rel=0.15)  # two prompts are enough
     assert slick.design_effect(np.zeros((5, 10)), 16) == slick.design_effect(np.ones((5, 1)), 16) == 1.0
 
 

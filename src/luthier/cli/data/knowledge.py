@@ -156,9 +156,10 @@ def _table(console: Console, report: Report, rows: int) -> None:
     console.print(table)
     console.print()
     changes = float(report.changes_N.mean())
+    said = f"about {changes:.1%} of the rows" if changes * rows >= 0.5 else "none or next to none of the rows"
     few = f" (from {rows} rows, which is few for this estimate)" if rows < FEW else ""
     console.print(
-        f"asked again with other exemplars and samples, about {changes:.1%} of the rows would get another category{few}; "
+        f"asked again with other exemplars and samples, {said} would get another category{few}; "
         f"answers to one prompt are alike: {report.effect:.1f} of them count as one",
         soft_wrap=True,
     )
