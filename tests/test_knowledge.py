@@ -142,7 +142,11 @@ def test_a_probe_that_was_killed_goes_on_and_comes_to_the_same(tmp_path, monkeyp
     assert again.plan() == 0 and [p.columns() for p in again.run()[0]] == whole
     # another model, and other settings, have answers of their own
     assert Probe(Stub(greedy, sampled, hash="other"), facts(20), how, cache=tmp_path).plan() == 20
-    assert Probe(stub, facts(20), Asking(prompts=3, samples=4, seed=1), cache=tmp_path).plan() == 20
+    for other in ({"seed": 1}, {"temperature": 0.7}, {"samples": 5}, {"max_new": 9}):
+        assert Probe(stub, facts(20), Asking(**{"prompts": 3, "samples": 4, **other}), cache=tmp_path).plan() == 20
+    alone = {"prompts": 1, "shots": 0, "samples": 2}  # without exemplars the seed changes no prompt, and still the samples
+    Probe(stub, facts(20), Asking(**alone), cache=tmp_path).run()
+    assert Probe(stub, facts(20), Asking(**alone, seed=1), cache=tmp_path).plan() == 20
 
 
 def test_the_answers_of_a_delta_are_not_taken_for_those_of_its_base_or_of_another():

@@ -1,7 +1,5 @@
 """SliCK's categories on planted counts, and its uncertainty against simulations and published numbers."""
 
-import math
-
 import numpy as np
 import pytest
 
@@ -84,7 +82,7 @@ def test_the_share_of_rows_said_to_change_is_the_share_that_does(seed):
     assert rate[unsteady].mean() > 2 * rate[~unsteady].mean()
     # taking samples of one prompt for independent ones would promise too much
     naive = 1 - slick.asked_again(greedy, 10, right.sum(1), 160)[np.arange(300), first]
-    assert not math.isclose(naive.mean(), said.mean(), abs_tol=1e-3)
+    assert naive.mean() < 0.85 * np.mean(changed)
 
 
 def test_the_intervals_of_shares_cover_what_other_facts_of_the_kind_would_give():
