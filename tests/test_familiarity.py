@@ -124,6 +124,9 @@ def test_a_row_is_right_by_any_of_its_answers(home):
 def test_rows_without_the_column_and_runs_that_turn_it_off_are_left_alone(home, tmp_path):
     execute(settings(home, tmp_path, "data.validation=[]", train="plain.jsonl"), reporter=Said())
     assert not events(tmp_path / "r")
+    said = Said()
+    execute(settings(home, tmp_path, f"data.validation={home / 'plain.jsonl'}", "optim.steps=1", "name=half"), reporter=said)
+    assert len(events(tmp_path / "half")) == 2 and sum(n.startswith("0 known rows are held out: whether") for n in said.notes) == 1
     execute(settings(home, tmp_path, "evaluate.knowledge=off", "name=off"), reporter=Said())
     assert not events(tmp_path / "off")
 

@@ -68,19 +68,19 @@ class Familiarity:
         chat = objective.renders == "chat" and not policy.heads
         sides = zip(SIDES, (prepared.train, prepared.validation), strict=True)
         rows = {} if e.knowledge == "off" or not chat else {k: v for side, some in sides for k, v in _sample(side, some, e.knowledge_rows, run.seed).items()}
-        if e.knowledge == "stop":
-            known = sum(len(rows.get(f"held_out_{c}", ())) for c in KNOWN)
-            if not rows.get("trained_Unknown") or known < FEWEST:
-                there = ", ".join(f"{len(v)} {k.replace('_', ' ')}" for k, v in rows.items()) or "none" + ("" if chat else " (only objective: sft has them)")
-                raise LuthierError(
-                    f"evaluate.knowledge=stop needs trained rows whose column {COLUMN!r} says Unknown, and {FEWEST} held-out rows of known categories; "
-                    f"found: {there}. "
-                    "Write the column with luthier data knowledge FILE --out, and hold out more (data.validation), or say evaluate.knowledge=watch"
-                )
+        if e.knowledge == "stop" and (not rows.get("trained_Unknown") or _known(rows) < FEWEST):
+            there = ", ".join(f"{len(v)} {k.replace('_', ' ')}" for k, v in rows.items()) or "none" + ("" if chat else " (only objective: sft has them)")
+            raise LuthierError(
+                f"evaluate.knowledge=stop needs trained rows whose column {COLUMN!r} says Unknown, and {FEWEST} held-out rows of known categories; "
+                f"found: {there}. "
+                "Write the column with luthier data knowledge FILE --out, and hold out more (data.validation), or say evaluate.knowledge=watch"
+            )
         return cls(policy, objective, run, packed=packed, rows=rows) if rows else None
 
     def follow(self, step: int, write: Callable[[str, int, dict[str, Any]], None], say: Any) -> str:
         """Measure all categories, write a line to the log and say it; why to stop, "" to go on."""
+        if not self.watch.first and "trained_Unknown" in self.followed and (known := _known(self.followed)) < FEWEST:
+            say.note(f"{known} known rows are held out: whether what is known decays cannot be watched; {FEWEST} are needed (data.validation)")
         right = self.right()
         facts: dict[str, Any] = {}
         for name, some in self.followed.items():
@@ -150,6 +150,11 @@ def changes(a: str, b: str) -> tuple[int, int]:
     """How many rows are right in a and wrong in b, and the other way."""
     pairs = list(zip(a, b, strict=True))
     return pairs.count(("1", "0")), pairs.count(("0", "1"))
+
+
+def _known(rows: Mapping[str, Sequence[Any]]) -> int:
+    """How many rows of the known categories are held out."""
+    return sum(len(rows.get(f"held_out_{c}", ())) for c in KNOWN)
 
 
 def _share(bits: str) -> str:
