@@ -21,10 +21,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from . import atomic
-from .core import Incompatible, Row, example_logps, examples_of, next_token_batch
+from .core import Delta, Incompatible, Row, example_logps, examples_of, next_token_batch
 from .data.prepare import Prepared
 from .measure import group
 from .policy import Policy
+from .site import members
 
 FILE = "logps.safetensors"
 Tick = Callable[[int, int], None]  # answers done, of how many
@@ -108,16 +109,26 @@ def _as_it_was(policy: Policy, *, as_it_stands: bool) -> Iterator[None]:
 
 def _place(policy: Policy, folder: Path, started: bool) -> Path | None:
     """The folder of this reference's values; None for a base that has no hash."""
-    base = policy.base
-    if not base.hash:
+    if not policy.base.hash:
         return None
-    h = hashlib.blake2b(digest_size=8)
-    h.update(repr((base.hash, getattr(base, "precision", None), str(next(policy.lm.parameters()).dtype), base.tokens)).encode())
     if started:
         assert policy.delta is not None
-        for name, tensor in sorted({**policy.delta.params, **policy.delta.buffers}.items()):
-            h.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return folder / h.hexdigest()
+    return folder / _hash(policy, [policy.delta] if started and policy.delta is not None else [])
+
+
+def fingerprint(policy: Policy) -> str:
+    """A hash of what answers: the base, how it is stored, and the deltas in use with their values; "" for a base that has no hash."""
+    return _hash(policy, [policy.deltas[n] for n in members(policy.active)]) if policy.base.hash else ""
+
+
+def _hash(policy: Policy, deltas: Sequence[Delta]) -> str:
+    base = policy.base
+    h = hashlib.blake2b(digest_size=8)
+    h.update(repr((base.hash, getattr(base, "precision", None), str(next(policy.lm.parameters()).dtype), base.tokens)).encode())
+    for delta in deltas:
+        for name, tensor in sorted({**delta.params, **delta.buffers}.items()):
+            h.update(name.encode() + tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return h.hexdigest()
 
 
 def _read(where: Path | None) -> dict[bytes, float]:

@@ -130,6 +130,10 @@ class Evaluate:
     """At most so many rows per task."""
     forgetting: bool = True
     """Measure the loss on general text before and after."""
+    knowledge: Literal["watch", "stop", "off"] = "watch"
+    """Rows with a column knowledge (luthier data knowledge --out): follow each category; stop: end where Unknown is memorised while Known decays."""
+    knowledge_rows: Annotated[int, Range(1)] = 50
+    """At most so many rows of each category are followed, of the trained and of the held-out rows each."""
 
 
 @dataclass(frozen=True, kw_only=True)

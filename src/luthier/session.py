@@ -31,6 +31,7 @@ from .data.prepare import Prepared
 from .data.rollout import Rollouts
 from .errors import Interrupted
 from .evaluate import Score
+from .familiarity import Familiarity
 from .log import Log
 from .measure import Measures, Scorer
 from .nn.schedule import factor
@@ -160,6 +161,7 @@ class Session:
                 precise={f"{p}:weight" for p, m in modules(self.policy.lm) if isinstance(m, torch.nn.Embedding)},
             )
         self.scorer = Scorer(self.policy, self.objective, prepared, self.run, packed=self.packed, rewarded=self._rewarded if self.judge else None)
+        self.familiarity = Familiarity.of(self.policy, self.objective, prepared, self.run, packed=self.packed)
         self.progress = Progress()
         self.why_lr = why
         self.stopped = ""
@@ -201,6 +203,8 @@ class Session:
         log = Log(self.folder, self.run.log.to, name=self.folder.name, config=config.plain(self.run), after=None if state is None else self.progress.step)
         if state is not None:
             self.watch = Watch.before(log.path, self.progress.step)
+            if self.familiarity is not None:
+                self.familiarity.recall(log.path, self.progress.step)
         try:
             if state is None:
                 before = self.scorer.measure(tasks=True, say=self.say)
@@ -208,6 +212,7 @@ class Session:
                 log.write("before", 0, before.numbers())
                 self._samples(0)
                 self.say.measured("before training", before)
+                self._familiar(0, log)
             if self.chooses:
                 self._choose(log)
             else:
@@ -307,6 +312,7 @@ class Session:
         else:
             p.stale += 1
         self.say.evaluated(step, now, best=p.best_step == step.step)
+        self._familiar(step.step, log)
         if self._samples(step.step) == 0 and 2 * step.step >= self.steps and not self.warned:
             self.warned = True  # early in a run it is usual, and once is enough
             self.say.warn(
@@ -314,6 +320,11 @@ class Session:
             )
         if self.run.evaluate.patience is not None and p.stale >= self.run.evaluate.patience:
             self.stopped = f"no better {'held-out reward' if self.judge else 'validation loss'} in {p.stale} evaluations"
+
+    def _familiar(self, step: int, log: Log) -> None:
+        """How well what the model knew and did not know is answered by now, and whether to stop by it."""
+        if self.familiarity is not None and (why := self.familiarity.follow(step, log.write, self.say)):
+            self.stopped = self.stopped or why
 
     def _finish(self, log: Log) -> Measures:
         p = self.progress

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from .judge import command as judge
+from .knowledge import command as knowledge
 from .prefer import command as prefer
 from .preview import command as preview
 
@@ -24,3 +25,4 @@ def data() -> None:
 app.command("preview")(preview)
 app.command("prefer")(prefer)
 app.command("judge")(judge)
+app.command("knowledge")(knowledge)

@@ -173,8 +173,8 @@ def server_of(url: str, model: str | None, key_env: str | None, timeout: float, 
 
 
 @contextmanager
-def progress(console: Console, total: int) -> Iterator[Callable[[], None]]:
-    """A bar with the time left; without a terminal a line now and then. Call what it gives once for each prompt."""
+def progress(console: Console, total: int, doing: str = "judging", has: str = "judged") -> Iterator[Callable[..., None]]:
+    """A bar with the time left; without a terminal a line now and then. Call what it gives once for each prompt, or with how many are done."""
     import time
 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -182,20 +182,20 @@ def progress(console: Console, total: int) -> Iterator[Callable[[], None]]:
     from ...progress import clock
 
     if console.is_terminal:
-        columns = (TextColumn("judging"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        columns = (TextColumn(doing), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
         with Progress(*columns, console=console) as bar:
-            task = bar.add_task("judging", total=total)
-            yield lambda: bar.advance(task)
+            task = bar.add_task(doing, total=total)
+            yield lambda n=1: bar.advance(task, n)
         return
     began = last = time.monotonic()
     count = 0
 
-    def done() -> None:
+    def done(n: int = 1) -> None:
         nonlocal count, last
-        count += 1
+        count += n
         now = time.monotonic()
         if now - last >= LINE_EVERY and count < total:
-            console.print(f"judged {count:,} of {total:,}, left {clock((now - began) / count * (total - count))}")
+            console.print(f"{has} {count:,} of {total:,}, left {clock((now - began) / count * (total - count))}")
             last = now
 
     yield done
