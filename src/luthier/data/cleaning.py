@@ -76,7 +76,7 @@ def clean(inspection: Inspection, report: Report, findings: Sequence[Finding], o
     for finding in reversed(findings):  # the gravest is named
         for i, index in enumerate(finding.removes.rows if finding.removes else ()):
             gone[index] = (finding, i)
-    mends = [f for f in findings if f.mends]
+    mends = sorted((f for f in findings if f.mends), key=lambda f: f.name != "mojibake")  # first, while all its characters are there
     paths, done = targets(inspection.files, out), list[Cleaned]()
     with _written([p for pair in paths.values() for p in pair]) as streams:
         at = ""

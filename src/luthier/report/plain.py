@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from typing import Any
 
 import numpy as np
@@ -103,7 +104,7 @@ def _finding(f: Finding, report: Report) -> dict[str, Any]:
         "severity": f.severity,
         "title": f.title,
         "count": f.n,
-        "unit": f.unit,
+        "unit": f.unit if f.n != 1 or f.unit.startswith("of ") else re.sub(r"s\b", "", f.unit, count=1),
         "said": f.said,
         "fix": f.fix,
         "fixable": bool(f.removes or f.mends),

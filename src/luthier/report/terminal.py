@@ -13,11 +13,12 @@ from rich.text import Text
 COLOURS = {"error": "bold red", "warning": "bold yellow", "note": "bold cyan"}
 ROLES = {"train": "training", "against": "benchmark"}
 BAR = 36
+WIDE = 160  # characters of a table where there is no terminal to fit into
 
 
 def show(data: dict[str, Any], console: Console) -> None:
     """The page: what the data is, how long its rows are, and what was found."""
-    console.print(_files(data))
+    console.print(_files(data), width=None if console.is_terminal else WIDE)
     console.print()
     for line in facts(data):
         console.print(Text(line), soft_wrap=not console.is_terminal)

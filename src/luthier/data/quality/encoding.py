@@ -73,6 +73,7 @@ class Encoding(Check):
         for name, _, _, _, find, beyond, _, _ in KINDS:
             if not (plain and beyond) and (match := find(text)):
                 self.found[name].add(row.index, short(text[max(0, match.start() - AROUND) : match.end() + AROUND], 140))
+                text = _repaired(text) if name == "mojibake" else text  # whose odd characters are its own, and no finding of their own
 
     def findings(self, again: Again) -> Iterator[Finding]:
         for name, severity, title, meaning, _, _, mend, fix in KINDS:

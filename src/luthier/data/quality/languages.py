@@ -9,11 +9,12 @@ from typing import Any
 
 from . import Again, Check, Finding, Hits, Seen, Setting, share
 
-SAMPLE = 10_000  # rows that are looked at, evenly spread: naming a language takes half a millisecond
-LETTERS, READ = 30, 400  # a shorter text is not judged; so many characters of a longer one are read
+SAMPLE = 5_000  # rows that are looked at, evenly spread: naming a language takes half a millisecond
+LETTERS, READ = 30, 250  # a shorter text is not judged; so many characters of a longer one are read
 SURE = 0.9  # of the probability, for a language to be named
 MAIN = 0.6  # share of the main language below which the data is taken to be multilingual
 NAMED = 6
+NONE = "zxx"  # no language at all
 
 
 @lru_cache(maxsize=1)
@@ -24,7 +25,7 @@ def _identifier() -> Any:
 
 
 class Languages(Check):
-    """The language of what is learned (of the prompt where that is short), named by py3langid (Lui and Baldwin, 2012) where it is sure."""
+    """The language of what is learned, named by py3langid (Lui and Baldwin, 2012) where it is sure."""
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
@@ -38,12 +39,11 @@ class Languages(Check):
         self.at += 1
         if self.at % self.every:
             return
-        text = max((*row.answers, row.prompt), key=len, default="") if not row.answers or len(row.answers[-1]) < LETTERS else row.answers[-1]
-        text = text[:READ]
+        text = (row.answers[-1] if row.answers else row.prompt)[:READ]
         if sum(c.isalpha() for c in text) < LETTERS:
             return
         language, sure = _identifier().classify(text)
-        if sure >= SURE:
+        if sure >= SURE and language != NONE:
             self.looked += 1
             self.hits.setdefault(language, Hits()).add(row.index, language)
 

@@ -64,7 +64,7 @@ class Lengths(Check):
                 name="response_cut",
                 severity="warning",
                 title="Responses that lose their end",
-                said=f"they are longer than {limit:,} tokens even without their prompt: they teach to write on and never to stop",
+                said=f"the response alone all but fills {limit:,} tokens: what is left teaches to write on and never to stop",
                 fix=f"{longer}; or leave long rows out: data.over_length=drop",
                 hits=self.shortened,
             )

@@ -18,7 +18,7 @@ ENDS = ("<|im_end|>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<end_of
 _AT_END = re.compile(rf"(?:\s*(?:{'|'.join(map(re.escape, ENDS))}))+\s*\Z")
 _MARKER = re.compile("|".join(map(re.escape, MARKERS)))
 THINK = re.compile(r"<(/?)(think|thinking|reasoning)>")
-PLACEHOLDER = re.compile(r"\{\{\s*\w+\s*\}\}|\[(?:Your|Insert|Company|Recipient)[A-Za-z' ]{0,30}\]|<(?:your|insert)[ _][a-z _]{1,30}>|\bTODO\b|\blorem ipsum\b", re.I)
+PLACEHOLDER = re.compile(r"\{\{\s*\w+\s*\}\}|\[(?:[Yy]our|[Ii]nsert|Company|Recipient)[A-Za-z' ]{0,30}\]|<(?:[Yy]our|[Ii]nsert)[ _][A-Za-z _]{1,30}>|\bTODO\b|\b[Ll]orem ipsum\b")
 AROUND = 30
 
 

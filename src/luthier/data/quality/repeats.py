@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from ..preferences import Judged
 from ..words import grams, number, numbers, words
 from . import Again, Check, Finding, Hits, Seen, Setting
 
@@ -77,16 +78,17 @@ class Repeats(Check):
                 name="exact_duplicates",
                 severity="warning",
                 title="Rows that are there more than once",
-                said=f"{len(hits):,} rows repeat an earlier one to the letter: they count double in training, and may be held out and trained at once",
+                said="they repeat an earlier row to the letter, and count double in training",
                 fix="--fix keeps the first of each",
                 hits=hits,
                 removes=hits,
             )
         near = self._near(first, again)
+        judged = self.setting.renders in ("judged", "pairs", "ranked")  # where one prompt may well have several rows
         if near:
             yield Finding(
                 name="near_duplicates",
-                severity="warning" if len(near) > 0.01 * len(index) else "note",
+                severity="warning" if len(near) > max(10, 0.01 * len(index)) and not judged else "note",
                 title="Rows that are almost the same as an earlier one",
                 said=f"at least {self.setting.near:.0%} of their runs of three words are the same (Jaccard)",
                 fix="--fix keeps the first of each; --keep near_duplicates leaves them; --near 0.9 calls fewer rows alike",
@@ -108,7 +110,8 @@ class Repeats(Check):
             found = shingles(row)
             sets[wanted[index]] = found[~np.isin(found, often)][:KEPT]
         hits = Hits()
-        for later, earlier, alike in _alike(buckets, sets, self.setting.near):
+        label = np.asarray(self.label)[first]
+        for later, earlier, alike in _alike(buckets, sets, label, self.setting.near):
             hits.add(int(self.index[first[later]]), f"{alike:.0%} the same", int(self.index[first[earlier]]))
         return hits
 
@@ -144,9 +147,14 @@ class Repeats(Check):
 
 
 def shingles(row: Seen) -> np.ndarray:
-    """The different runs of three words of a row, as sorted hashes: of what is asked and of every answer by itself."""
-    parts = [numbers(words(t)) for t in (row.prompt, *row.answers)]
-    return np.unique(np.concatenate([np.zeros(0, np.uint64), *(grams(p, SHINGLE) for p in parts)]))
+    """The different runs of three words of a row, as sorted hashes: of what is asked and of every answer by itself.
+
+    Of answers that are compared their places count too: a pair the other way round is not the same.
+    """
+    parts = [grams(numbers(words(t)), SHINGLE) for t in (row.prompt, *row.answers)]
+    if isinstance(row.item, Judged):
+        parts = [p + np.uint64(place) for place, p in enumerate(parts)]
+    return np.unique(np.concatenate([np.zeros(0, np.uint64), *parts]))
 
 
 def same(keys: np.ndarray) -> tuple[list[tuple[int, int]], np.ndarray]:
@@ -169,8 +177,8 @@ def _buckets(bands: np.ndarray) -> Iterator[np.ndarray]:
             yield order[starts[i] : ends[i]]
 
 
-def _alike(buckets: Sequence[np.ndarray], sets: Mapping[int, np.ndarray], near: float) -> Iterator[tuple[int, int, float]]:
-    """(row, earlier row, similarity) of every row that is nearly the same as one before it that is kept."""
+def _alike(buckets: Sequence[np.ndarray], sets: Mapping[int, np.ndarray], label: np.ndarray, near: float) -> Iterator[tuple[int, int, float]]:
+    """(row, earlier row, similarity) of every row that is nearly the same as one before it that is kept. Under another label it is no duplicate."""
     of: dict[int, list[int]] = {}
     for b, bucket in enumerate(buckets):
         for i in bucket.tolist():
@@ -178,7 +186,7 @@ def _alike(buckets: Sequence[np.ndarray], sets: Mapping[int, np.ndarray], near: 
     kept: list[list[int]] = [[] for _ in buckets]
     for i in sorted(of):
         for earlier in sorted({e for b in of[i] for e in kept[b][:ROUNDS]}):
-            alike = jaccard(sets[earlier], sets[i])
+            alike = jaccard(sets[earlier], sets[i]) if label[earlier] == label[i] else 0.0
             if alike >= near:
                 yield i, earlier, alike
                 break

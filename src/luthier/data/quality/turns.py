@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ from ..words import short, words
 from . import Again, Check, Finding, Hits, Seen, Setting, share
 
 LONG = 40  # words from which on an answer that ends without a stop is taken to break off
+_ENTRY = re.compile(r"\s*(?:[-*•·–#]|\w{1,3}[.)])\s*")
 STOPS = ".!?:;)]}>\"'`*|_~…»”’。！？）】」』॥।؟#$%=+-/\\"
 
 
@@ -125,7 +127,10 @@ def _breaks_off(answer: str) -> bool:
     end = answer.rstrip()
     if not end or end[-1] in STOPS or not (end[-1].isalpha() or end[-1] == ","):
         return False
-    return len(words(end.rsplit("\n", 1)[-1])) >= 8 and len(end) >= 4 * LONG and len(words(end)) >= LONG
+    *before, last = [line for line in end.splitlines() if line.strip()]
+    if _ENTRY.match(last) or (before and before[-1].rstrip()[-1] not in STOPS):  # the last entry of a list ends so too
+        return False
+    return len(words(last)) >= 8 and len(words(end)) >= LONG
 
 
 
