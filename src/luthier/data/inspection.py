@@ -23,8 +23,8 @@ from .divide import Item
 from .formats import Bad, Record, read_file, suffix_of
 from .guess import renders_of
 from .labels import Labelled
-from .prepare import Reader
 from .preferences import Judged
+from .prepare import Reader
 from .quality import SEVERITIES, SHOWN, Cut, Finding, Seen, Setting, Split, checks, seen
 from .quality.unusable import SURROGATE
 from .rows import Counts, sides

@@ -181,7 +181,9 @@ def _into(renders: Renders) -> Callable[[Record, Shape, Bad], Sequence[Item]]:
     """What makes items of a record, for what is learned of them."""
     if renders in PREFERENCES:
         return partial(convert_preferences, renders=renders)
-    return {"label": convert_labelled, "prompts": convert_prompts}.get(renders, convert)
+    if renders == "prompts":
+        return convert_prompts
+    return convert_labelled if renders == "label" else convert
 
 
 def _shape(first: Sequence[Record], name: str, how: _Reading) -> Shape:

@@ -12,8 +12,8 @@ from luthier.data.quality import Finding, Setting
 from luthier.data.rows import Form
 from tests.data.conftest import CHATML, byte_bpe
 
-TOPICS = "rivers bridges violins harbours engines gardens winters markets lanterns orchards kitchens glaciers".split()
-ACTS = "cross repair tune visit start water survive open light prune clean measure".split()
+TOPICS = ["rivers", "bridges", "violins", "harbours", "engines", "gardens", "winters", "markets", "lanterns", "orchards", "kitchens", "glaciers"]
+ACTS = ["cross", "repair", "tune", "visit", "start", "water", "survive", "open", "light", "prune", "clean", "measure"]
 
 
 def good(i: int) -> dict:

@@ -91,7 +91,10 @@ def test_a_long_prompt_is_cut_and_the_response_kept_which_is_no_finding(check):
 
 
 def test_without_an_end_token_every_row_lacks_its_end(check):
-    found = check(planted(), tokenizer=byte_bpe(eos=None), template="alpaca" if False else None)
+    found = check(
+        planted(),
+        tokenizer=byte_bpe(eos=None),
+    )
     assert found.findings["missing_end"].severity == "error" and found.lines("missing_end") == list(range(1, ROWS + 1))
 
 
@@ -146,7 +149,7 @@ def test_pairs_that_are_judged_both_ways_round_contradict(check):
 def test_held_out_rows_in_the_training_data_are_leaks(check):
     held = {"test": [good(500), good(7), good(501)], "validation": [good(502), good(9) | {"completion": "Something else entirely is said here."}]}
     found = check([good(i) for i in range(ROWS)], held=held)
-    assert found.severities() == {"leak_test": "error", "leak_validation": "error" if False else found.findings["leak_validation"].severity}
+    assert found.severities() == {"leak_test": "error", "leak_validation": "error"}  # a whole question of many words is enough
     assert found.lines("leak_test") == [2] and found.beside("leak_test") == [8]
     assert found.lines("leak_validation") == [2] and found.beside("leak_validation") == [10]
 
@@ -237,7 +240,9 @@ def test_short_answers_of_a_chat_are_counted_as_labels(check):
 
 def test_labels_that_only_held_out_rows_have_are_errors(check):
     rows = [{"text": good(i)["prompt"], "label": "ab"[i % 2]} for i in range(30)]
-    found = check(rows, renders="label", held={"test": [{"text": "Quite another text, this one.", "label": "c"}, {"text": "And one more of them.", "label": "a"}]})
+    found = check(
+        rows, renders="label", held={"test": [{"text": "Quite another text, this one.", "label": "c"}, {"text": "And one more of them.", "label": "a"}]}
+    )
     assert found.severities() == {"unknown_labels": "error"} and found.lines("unknown_labels") == [1]
 
 
@@ -294,7 +299,10 @@ def test_tools_that_are_called_and_not_declared_or_with_other_arguments(check):
 
 def test_long_answers_that_stop_in_a_sentence_are_noted_and_lists_are_not(check):
     long = "This is told at some length, since the story of the bridge is long and has many parts. " * 4
-    rows = planted({"prompt": "Tell me.", "completion": long + "And then the builders went to the other side and"}, {"prompt": "List.", "completion": long + "\n- the last entry of this list is as long as a sentence is"})
+    rows = planted(
+        {"prompt": "Tell me.", "completion": long + "And then the builders went to the other side and"},
+        {"prompt": "List.", "completion": long + "\n- the last entry of this list is as long as a sentence is"},
+    )
     assert check(rows).lines("broken_off") == [11]
 
 

@@ -14,16 +14,18 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ...data.inspection import File, Inspection, Report
+    from ...data.quality import Split
     from ...run import Run
 
 CLEAN, WARNINGS, ERRORS = 0, 3, 4  # 1 is a fault of the program and 2 one of the command line, as everywhere
 EVERY = 10.0  # seconds between lines where there is no terminal to draw a bar on
-ROLES = {"valid": "validation", "validation": "validation", "val": "validation", "dev": "validation", "test": "test"}
+ROLES: dict[str, Split] = {"valid": "validation", "validation": "validation", "val": "validation", "dev": "validation", "test": "test"}
 
 
 def command(
     what: Annotated[
-        list[str], typer.Argument(metavar="FILES [KEY=VALUE]...", help="Files, folders or Hub data set ids; then settings of the run, e.g. data.max_tokens=512.")
+        list[str],
+        typer.Argument(metavar="FILES [KEY=VALUE]...", help="Files, folders or Hub data set ids; then settings of the run, e.g. data.max_tokens=512."),
     ],
     model: Annotated[str, typer.Option(help="Whose tokenizer and chat template are used.")] = "fiddle",
     objective: Annotated[str, typer.Option(help="What the rows are for: sft, text, classify, dpo, kto, ...; auto: told from their columns.")] = "auto",

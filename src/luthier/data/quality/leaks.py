@@ -21,7 +21,7 @@ HALF = 0.5  # of a part's runs in one training row: the part is in it
 OFTEN, MANY = 0.01, 5  # a run that stands in more of the held-out rows (share, and number) is a template's
 LEAST = 3  # words of a prompt that is compared as a whole
 _NEVER = 1 << 40
-NAMES = {"validation": "validation rows", "test": "test rows", "against": "rows of the benchmark"}
+NAMES: dict[Split, str] = {"validation": "validation rows", "test": "test rows", "against": "rows of the benchmark"}
 
 
 @dataclass

@@ -38,7 +38,9 @@ class Lengths(Check):
         limit = self.setting.max_tokens
         room = self.setting.positions - limit
         fits = min(self.longest, self.setting.positions)
-        longer = f"data.max_tokens={fits} {'keeps all of them whole' if fits == self.longest else 'keeps more'}" if room > 0 else "a model that sees more tokens"
+        longer = (
+            f"data.max_tokens={fits} {'keeps all of them whole' if fits == self.longest else 'keeps more'}" if room > 0 else "a model that sees more tokens"
+        )
         if self.lost:
             yield Finding(
                 name="response_lost",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from ..shapes import Chat
 from ..words import short
@@ -18,7 +18,9 @@ ENDS = ("<|im_end|>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<end_of
 _AT_END = re.compile(rf"(?:\s*(?:{'|'.join(map(re.escape, ENDS))}))+\s*\Z")
 _MARKER = re.compile("|".join(map(re.escape, MARKERS)))
 THINK = re.compile(r"<(/?)(think|thinking|reasoning)>")
-PLACEHOLDER = re.compile(r"\{\{\s*\w+\s*\}\}|\[(?:[Yy]our|[Ii]nsert|Company|Recipient)[A-Za-z' ]{0,30}\]|<(?:[Yy]our|[Ii]nsert)[ _][A-Za-z _]{1,30}>|\bTODO\b|\b[Ll]orem ipsum\b")
+PLACEHOLDER = re.compile(
+    r"\{\{\s*\w+\s*\}\}|\[(?:[Yy]our|[Ii]nsert|Company|Recipient)[A-Za-z' ]{0,30}\]|<(?:[Yy]our|[Ii]nsert)[ _][A-Za-z _]{1,30}>|\bTODO\b|\b[Ll]orem ipsum\b"
+)
 AROUND = 30
 
 
@@ -165,5 +167,3 @@ def _balanced(tags: list[tuple[bool, str]]) -> bool:
     """Whether every tag is closed before the next is opened."""
     pairs = zip(tags[::2], tags[1::2], strict=False)
     return len(tags) % 2 == 0 and all(not a[0] and b[0] and a[1] == b[1] for a, b in pairs)
-
-

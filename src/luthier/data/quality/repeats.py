@@ -204,4 +204,3 @@ def jaccard(a: np.ndarray, b: np.ndarray) -> float:
         union = union[:KEPT]
     both = np.intersect1d(np.intersect1d(a, union, assume_unique=True), b, assume_unique=True)
     return len(both) / len(union)
-

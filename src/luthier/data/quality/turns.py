@@ -133,8 +133,6 @@ def _breaks_off(answer: str) -> bool:
     return len(words(last)) >= 8 and len(words(end)) >= LONG
 
 
-
-
 class Remarks(Check):
     """What the renderer has to say of rows: how many it is said of."""
 

@@ -9,7 +9,7 @@ from . import Again, Check, Finding, Hits
 
 TWICE, SURROGATE = "begins with", "half a character"
 # (name, title, what the reason looks like, what that means), the first that fits
-KINDS = (
+KINDS: tuple[tuple[str, str, str, str], ...] = (
     ("role_order", "Roles in an order that no template has", r"the role \w+ comes|has the role|two system prompts",
      "a conversation is system (at most one, first), then user and assistant in turns; tool results follow a call"),
     ("empty", "Empty rows", r"\bis empty\b|is null|is an empty|is missing|has no text", "there is no text where one is needed"),
@@ -18,7 +18,8 @@ KINDS = (
     ("double_bos", "Rows that begin with the beginning token twice", TWICE,
      "models see it once; the template or the text writes it, and the tokenizer adds it too"),
     ("surrogates", "Halves of characters", SURROGATE, "a \\ud800-\\udfff escape without its partner is no character, and no tokenizer takes it"),
-    ("tool_calls_unread", "Tool calls that cannot be read", r"tool call|tools is|^tools:|function_call|: not JSON", "calls and their arguments have to be JSON"),
+    ("tool_calls_unread", "Tool calls that cannot be read", r"tool call|tools is|^tools:|function_call|: not JSON",
+     "calls and their arguments have to be JSON"),
     ("template_refuses", "Conversations that the chat template refuses", r"the chat template refuses", "the template raises an error on them"),
 )  # fmt: skip
 MALFORMED = ("malformed", "Lines that cannot be read", "", "they are no rows of this format")
