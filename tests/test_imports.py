@@ -97,6 +97,7 @@ LAW: dict[str, set[str]] = {
     "rehearsal": {"adapter", "build", "core", "data", "hub", "microbatch", "plugins", "policy", "reading", "references", "run", "stages", "vocabulary"},
     "staleness": {"ledger", "stages"},
     "overview": {"ledger", "measure", "progress", "stages"},
+    "report": {"data"},
     "progress": {"anatomy", "core", "counts", "crafting", "measure", "plugins", "train", "session"},
 }
 ANYTHING_BUT_CLI = {"session", "relay", "__init__"}

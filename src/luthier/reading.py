@@ -38,17 +38,8 @@ def read_data(run: Run, tokenizer: Any, *, positions: int, say: Callable[[str], 
     return prepare(
         d.train,
         tokenizer,
-        renders=run.objective.renders,
-        form=form,
-        template=run.model.template,
-        shape=d.shape,
-        columns=d.columns,
-        split=d.split,
-        languages=d.languages,
+        **made_of(run, positions=positions - room, form=form),
         limit=d.limit,
-        max_tokens=min(d.max_tokens or 2048, positions - room),
-        over_length=d.over_length,
-        train_on=d.train_on,
         on_bad_row=d.on_bad_row,
         validation=d.validation,
         validation_share=d.validation_share,
@@ -57,6 +48,15 @@ def read_data(run: Run, tokenizer: Any, *, positions: int, say: Callable[[str], 
         say=say,
         **known,
     )
+
+
+def made_of(run: Run, *, positions: int, form: Form) -> dict[str, Any]:
+    """The settings that say how a record becomes rows, under the names that ``data/prepare.py`` has for them."""
+    d = run.data
+    return {
+        "renders": run.objective.renders, "form": form, "template": run.model.template, "shape": d.shape, "columns": d.columns, "split": d.split,
+        "languages": d.languages, "max_tokens": min(d.max_tokens or 2048, positions), "over_length": d.over_length, "train_on": d.train_on,
+    }  # fmt: skip
 
 
 def fitted(run: Run, prepared: Prepared) -> Run:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, groupby, islice
 from pathlib import Path
@@ -171,13 +172,18 @@ def _open(sources: Sequence[str], how: _Reading, bad: Bad, facts: dict[str, Any]
             shape = _shape(first, name, how)
             shapes[name] = str(shape)
             how.say(f"{name}: {shape}")
-            into: Callable[[Record, Shape, Bad], Sequence[Item]] = convert_labelled if how.renders == "label" else convert
-            if how.renders == "prompts":
-                into = convert_prompts
-            if how.renders in PREFERENCES:
-                into = partial(convert_preferences, renders=how.renders)
+            into = _into(how.renders)
             for record in chain(first, there):
                 yield from into(record, shape, bad)
+
+
+def _into(renders: Renders) -> Callable[[Record, Shape, Bad], Sequence[Item]]:
+    """What makes items of a record, for what is learned of them."""
+    if renders in PREFERENCES:
+        return partial(convert_preferences, renders=renders)
+    if renders == "prompts":
+        return convert_prompts
+    return convert_labelled if renders == "label" else convert
 
 
 def _shape(first: Sequence[Record], name: str, how: _Reading) -> Shape:
@@ -296,3 +302,39 @@ def _chats(chats: Iterator[Chat], how: _Reading, how_much: dict[str, Any]) -> It
 def _as_text(item: Chat | Document) -> Document:
     """A conversation as what was said in it, line by line."""
     return item if isinstance(item, Document) else Document("\n".join(m["content"] for m in item.messages if m["content"]), item.where, item.extras)
+
+
+# --- row by row -----------------------------------------------------------------------------------------------------
+
+
+class Reader:
+    """The same reading and rendering for what looks at every record and keeps none. The settings are those of ``prepare``."""
+
+    def __init__(
+        self, tokenizer: Any, *, renders: Renders, max_tokens: int, form: Form = DECODER, template: str | None = None, shape: str = "auto",
+        columns: Mapping[str, str] | None = None, split: str = "train", languages: Sequence[str] = (), over_length: OverLength = "truncate",
+        train_on: Literal["all", "last"] = "all",
+    ) -> None:  # fmt: skip
+        self.how = _Reading(
+            renderer=Renderer(tokenizer, template, train_on), renders=renders, form=form, shape=shape, columns=columns or {}, split=split,
+            languages=languages, max_tokens=max_tokens, over_length=over_length, say=lambda text: None, progress=None, beginning=16,
+        )  # fmt: skip
+
+    def like(self, **changes: Any) -> Reader:
+        """The same with other settings."""
+        other = copy(self)
+        other.how = replace(self.how, **changes)
+        return other
+
+    def opened(self, name: str, records: Iterator[Record], bad: Bad) -> tuple[Shape, Iterator[tuple[Record, Sequence[Item]]]]:
+        """The shape of these records, and each with its items; what cannot be used is told to ``bad`` and has none."""
+        records = in_languages(records, self.how.languages, bad, {})
+        first = list(islice(records, LOOK_AT))
+        if not first:
+            raise LuthierError(f"{name}: no row in it.")
+        shape, into = _shape(first, name, self.how), _into(self.how.renders)
+        return shape, ((record, into(record, shape, bad)) for record in chain(first, records))
+
+    def rendered(self, items: Sequence[Item], bad: Bad, counts: Counts) -> Iterator[tuple[Item, list[Row]]]:
+        """Each item with its rows, as they are trained."""
+        return _rendered(iter(items), self.how, bad, counts, {})
