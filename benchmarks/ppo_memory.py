@@ -47,7 +47,8 @@ def one(what: str, home: Path) -> dict[str, Any]:
         "sft": ["objective=sft", f"data.train={home / 'text.jsonl'}", "optim.steps=4", "optim.batch_tokens=2048"],
         "reward": ["objective=reward", f"data.train={home / 'pairs.jsonl'}", "optim.steps=2", "optim.batch_examples=4"],
         "ppo": [
-            f"objective={{kind: ppo, rewards: {{{home / 'reward'}: 1.0}}, check_rewards: no, max_new: {ANSWER}, prompts: {ROWS}, epochs: 1, minibatches: 1, stop_kl: 0}}",
+            f"objective={{kind: ppo, rewards: {{{home / 'reward'}: 1.0}}, check_rewards: no, max_new: {ANSWER}, prompts: {ROWS}, epochs: 1, minibatches: 1}}",
+            "objective.stop_kl=0",
             f"data.train={home / 'prompts.jsonl'}",
             "optim.steps=4",
         ],

@@ -185,8 +185,8 @@ class Inspection:
         self.taken = 0  # training rows so far
         self.policy = {"over": 0, "prompt_cut": 0, "response_cut": 0, "lost": 0, "pieces": 0, "tokens_over": 0}
 
-    def run(self, progress: Callable[[int], None] = lambda n: None) -> Report:
-        """Look at everything. ``progress`` is told of every so many rows."""
+    def run(self, progress: Callable[[int], None] = lambda n: None, read: Callable[[], None] = lambda: None) -> Report:
+        """Look at everything. ``progress`` is told of every so many rows, ``read`` is called when all are read and are to be compared."""
         for file in self.files:
             waiting: list[tuple[int, Item]] = []
             chars = 0
@@ -204,6 +204,7 @@ class Inspection:
                     waiting, chars = [], 0
             self._batch(waiting, file.split)
             progress(len(waiting))
+        read()
         found = [f for check in self.checks for f in check.findings(self.again)]
         found.sort(key=lambda f: (SEVERITIES.index(f.severity), -f.n))
         report = Report(self.facts, found, self.setting, self.places, np.asarray(self.lengths), self.trained, self.policy)

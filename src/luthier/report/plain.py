@@ -72,7 +72,7 @@ def over_limit(report: Report) -> str:
     s, p, n = report.setting, report.policy, len(report.lengths)
     if not p["over"]:
         return f"no row is longer than {s.max_tokens:,} tokens"
-    said = f"{p['over']:,} of {n:,} rows are longer than {s.max_tokens:,} tokens"
+    said = f"{p['over']:,} of {n:,} rows {'is' if p['over'] == 1 else 'are'} longer than {s.max_tokens:,} tokens"
     lost = p["tokens_over"] / max(1, int(report.lengths.sum(dtype=np.int64)))
     drop = f"drop {'leaves' if s.over_length == 'drop' else 'would leave'} them out, {lost:.1%} of the tokens"
     if s.renders == "text":

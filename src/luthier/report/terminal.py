@@ -37,10 +37,10 @@ def facts(data: dict[str, Any]) -> Iterator[str]:
     trained = data["trained_tokens"]
     share = f", {trained / data['tokens']:.0%} of them trained" if trained is not None and data["tokens"] else ""
     template = f", chat template: {data['template']}" if data["template"] else ""
-    yield f"{data['rows']:,} rows to train with objective {data['objective']}, {data['tokens']:,} tokens{share}{template}"
+    yield f"{data['rows']:,} row{'s' if data['rows'] != 1 else ''} to train with objective {data['objective']}, {data['tokens']:,} tokens{share}{template}"
     if data["lengths"]:
         yield "length of a row in tokens: " + ", ".join(f"{name} {n:,}" for name, n in data["lengths"].items())
-    yield f"data.over_length={data['over_length']}, data.max_tokens={data['max_tokens']:,}: {data['over_limit']['said']}"
+    yield f"too long (data.over_length={data['over_length']}, data.max_tokens={data['max_tokens']}): {data['over_limit']['said']}"
 
 
 def verdict(data: dict[str, Any]) -> str:

@@ -62,8 +62,8 @@ def command(
         from ...data.cleaning import targets
 
         targets(inspection.files, fix)  # a wrong name is said before the work
-    with _bar("looking", inspection.setting.expected) as progress:
-        report = inspection.run(progress)
+    with _bar("looking", inspection.setting.expected) as (progress, phase):
+        report = inspection.run(progress, lambda: phase("comparing"))
     data = plain(report)
     if fix is not None:
         data["fixed"] = _fix(inspection, report, fix, keep or [])
@@ -163,7 +163,7 @@ def _guessed(files: Sequence[File], run: Run) -> str:
 def _fix(inspection: Inspection, report: Report, out: Path, keep: Sequence[str]) -> list[dict[str, Any]]:
     from ...data.cleaning import clean, fixable
 
-    with _bar("writing", len(report.places)) as progress:
+    with _bar("writing", len(report.places)) as (progress, _):
         done = clean(inspection, report, fixable(report.findings, keep), out, progress)
     return [
         {"file": c.file, "out": str(c.out), "record": str(c.record), "written": c.written, "removed": dict(c.removed), "changed": dict(c.changed)} for c in done
@@ -186,7 +186,7 @@ def _said(data: dict[str, Any], html: Path | None, console: Console) -> None:
 
 
 @contextmanager
-def _bar(what: str, expected: int) -> Iterator[Callable[[int], None]]:
+def _bar(what: str, expected: int) -> Iterator[tuple[Callable[[int], None], Callable[[str], None]]]:
     """Rows done, rows a second and the time left, on stderr; a line now and then where that is no terminal."""
     import time
 
@@ -208,9 +208,15 @@ def _bar(what: str, expected: int) -> Iterator[Callable[[int], None]]:
                 left = f", about {max(0, expected - done) / rate:.0f} s left" if expected else ""
                 console.print(f"{what}: {done:,} rows, {rate:,.0f} rows/s{left}", markup=False)
 
-        yield line
+        yield line, lambda name: console.print(f"{name}: {done:,} rows") if last > start else None
         return
-    columns = (TextColumn(what), BarColumn(), TextColumn("{task.completed:,.0f} rows, {task.fields[rate]}"), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:,.0f} rows, {task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(what, total=expected or None, rate="")
         start = time.monotonic()
@@ -219,4 +225,4 @@ def _bar(what: str, expected: int) -> Iterator[Callable[[int], None]]:
             rate = (bar.tasks[0].completed + n) / max(1e-6, time.monotonic() - start)
             bar.update(task, advance=n, rate=f"{rate:,.0f} rows/s")
 
-        yield advance
+        yield advance, lambda name: bar.update(task, description=name)

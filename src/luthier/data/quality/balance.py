@@ -12,7 +12,7 @@ from . import Again, Check, Finding, Hits, Seen, Setting, share
 UNEVEN = 10  # times as frequent
 RARE = 8  # examples below which a class is hardly learned
 SHORT, CLASSES, EACH = 3, 100, 10  # words of an answer that is a label; at most so many different ones; rows of each on average
-LONGER = 0.75  # share of pairs in which length alone would tell the better answer
+ENOUGH, LONGER = 20, 0.75  # pairs, and share of pairs in which length alone would tell the better answer
 NAMED = 5
 
 
@@ -147,7 +147,7 @@ class Verdicts(Check):
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
-        self.same, self.longer, self.pairs = Hits(), Hits(), 0
+        self.same, self.longer, self.shorter, self.pairs = Hits(), Hits(), Hits(), 0
 
     def row(self, row: Seen) -> None:
         if row.split != "train" or self.setting.renders not in ("ranked", "pairs"):
@@ -156,8 +156,9 @@ class Verdicts(Check):
             self.same.add(row.index)
             return
         self.pairs += 1
-        if len(row.answers) == 2 and len(words(row.answers[0])) > len(words(row.answers[1])):
-            self.longer.add(row.index)
+        lengths = [len(words(a)) for a in row.answers]
+        if len(lengths) == 2 and lengths[0] != lengths[1]:
+            (self.longer if lengths[0] > lengths[1] else self.shorter).add(row.index)
 
     def findings(self, again: Again) -> Iterator[Finding]:
         if self.same:
@@ -170,16 +171,15 @@ class Verdicts(Check):
                 hits=self.same,
                 removes=self.same,
             )
-        part = len(self.longer) / self.pairs if self.pairs else 0.5
-        if self.pairs >= 20 and max(part, 1 - part) >= LONGER:
+        more, which = max((self.longer, "longer"), (self.shorter, "shorter"), key=lambda x: len(x[0]))
+        if self.pairs >= ENOUGH and len(more) >= LONGER * self.pairs:
             yield Finding(
                 name="length_tells",
                 severity="warning",
                 title="The length tells which answer is better",
-                said=f"the {'longer' if part > 0.5 else 'shorter'} answer is the better in {max(part, 1 - part):.0%} of the pairs: the model learns length",
+                said=f"the {which} answer is the better in {len(more) / self.pairs:.0%} of the pairs: the model learns length",
                 fix="pairs of answers of like length, or objective.length_normalised where the objective has it",
-                hits=self.longer if part > 0.5 else Hits(),
-                count=len(self.longer) if part > 0.5 else self.pairs - len(self.longer),
+                hits=more,
                 unit="pairs",
             )
 
