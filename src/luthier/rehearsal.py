@@ -132,9 +132,9 @@ def _one_base(a: Model, b: Model) -> bool:
 def _check_files(stage: Stage) -> None:
     """Data and a base that no stage makes are where they are said to be; a base is fetched now."""
     run, d = stage.asked, stage.asked.data
-    if not d.train:
+    if not d.files:
         raise LuthierError("data.train: names no file; say data: FILE in the stage, or beside stages for all of them")
-    for sources, split in ((d.train, d.split), (d.validation, "validation"), (d.general, "train")):
+    for sources, split in ((d.files, d.split), (d.held_out, "validation"), (d.general, "train")):
         for source in sources:
             files_of(source, split)
     for source in (*getattr(run.objective, "ptx_data", ()), *getattr(run.objective, "pairs", ())):

@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 
 from ..core import LuthierError, Renders, Row
 from . import labels as labelling
-from . import rankings
+from . import patterns, rankings
 from .answers import Renderer
 from .convert import convert
 from .counting import Say, count, refuse_nothing, say_counts
@@ -40,6 +40,7 @@ class Prepared:
     validation: list[Row]
     validation_records: list[Held]
     facts: dict[str, Any] = field(default_factory=dict)
+    sources: dict[str, Prepared] = field(default_factory=dict)  # of a mixture: each source by itself; the lists above hold all of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,7 @@ class _Reading:
     say: Say
     progress: Callable[[int], None] | None
     beginning: int
+    patterns: Sequence[patterns.Pair] = ()
 
 
 def prepare(
@@ -85,11 +87,13 @@ def prepare(
     say: Say = print,
     beginning: int = 16,
     progress: Callable[[int], None] | None = None,
+    templates: Sequence[tuple[str, str]] = (),
 ) -> Prepared:
     """Read, convert, render and divide. ``say`` gets one line for each thing the user should know; ``progress`` the records rendered.
 
     ``form``: what kind of model the rows are for. ``problem`` and ``labels``: for labelled texts, where they are known already. ``beginning``: where the
-    model is to go on from raw text, so many tokens of it are the prompt.
+    model is to go on from raw text, so many tokens of it are the prompt. ``templates``: patterns of prompts and completions; a record gives one row for each, which
+    stay together.
     """
     if not sources:
         raise LuthierError("no training data: set data.train to a file, a folder or a Hub data set id.")
@@ -99,6 +103,7 @@ def prepare(
         renderer=Renderer(tokenizer, template, train_on), renders=renders, form=form, shape=shape, columns=columns or {}, split=split,
         languages=languages, max_tokens=max_tokens,
         over_length=over_length, say=say, progress=progress, beginning=beginning,
+        patterns=[(patterns.Pattern(a), patterns.Pattern(b)) for a, b in templates],
     )  # fmt: skip
     bad, counts = Bad(on_bad_row), Counts()
     facts: dict[str, Any] = {"sources": list(sources), "renders": renders, "template": None, "max_tokens": max_tokens, "over_length": over_length}
@@ -168,6 +173,13 @@ def _open(sources: Sequence[str], how: _Reading, bad: Bad, facts: dict[str, Any]
             first = list(islice(there, LOOK_AT))
             if not first:
                 raise LuthierError(f"{name}: no row in it.")
+            if how.patterns:
+                patterns.check(how.patterns, first, name)
+                shapes[name] = f"{len(how.patterns)} templates"
+                how.say(f"{name}: {shapes[name]}")
+                for record in chain(first, there):
+                    yield from patterns.convert_patterned(record, how.patterns, bad)
+                continue
             shape = _shape(first, name, how)
             shapes[name] = str(shape)
             how.say(f"{name}: {shape}")
@@ -222,13 +234,15 @@ def _beside(sources: Sequence[str], split: str, say: Say) -> list[str]:
 def _groups(items: Iterator[Item], how: _Reading, bad: Bad, counts: Counts, facts: dict[str, Any], limit: int | None) -> dict[str, Group]:
     """Rendered rows by what must not be torn apart: the text of a document, the prompt of a chat."""
     groups: dict[str, Group] = {}
-    seen = 0
+    seen, before = 0, ("", "")
     for item, rows in _rendered(islice(items, limit), how, bad, counts, facts):
         seen += 1
+        if not how.patterns or item.where != before[0]:  # templates ask one record in other words
+            before = item.where, key(item)
         rows = [r for r in rows if how.renders == "prompts" or (r.train if how.renders in ("label", "ranked") else r.train[1:]).any()]
         if not rows:
             continue
-        group = groups.setdefault(key(item), Group())
+        group = groups.setdefault(before[1], Group())
         group.rows += rows
         group.items.append(Document("", item.where) if isinstance(item, Document) else item)  # a document's text is in its rows
     facts["records"] = seen
