@@ -289,10 +289,25 @@ def predict(policy: Policy, objective: Any, rows: Sequence[Row], *, tokens: int 
     return out
 
 
-def predict_texts(policy: Policy, texts: Sequence[Labelled]) -> list[dict[str, Any]]:
-    """What a policy with a classification head says of texts (``Labelled`` without a label). Raises LuthierError for one without a head."""
+def learned(policy: Policy, part: str | None = None) -> Any:
+    """What a policy with heads was trained with; of several tasks, the one that is named. Raises LuthierError where a name is missing or says nothing."""
     objective: Any = policy.objective
-    if not policy.heads or objective is None:
+    if objective is None or objective.renders != "mixed":
+        if part is not None:
+            raise LuthierError(f"--part {part}: this model was not trained on several tasks; leave it out")
+        return objective
+    if part is None:
+        raise LuthierError(f"this model learned several tasks: {', '.join(objective.parts)}; say which of them is meant with --part")
+    return objective.part(part)
+
+
+def predict_texts(policy: Policy, texts: Sequence[Labelled], *, part: str | None = None) -> list[dict[str, Any]]:
+    """What a policy with a classification head says of texts (``Labelled`` without a label). Raises LuthierError for one without a head.
+
+    ``part``: of a policy that was trained on several tasks, the one that is meant.
+    """
+    objective = learned(policy, part)
+    if not policy.heads or objective is None or objective.renders != "label":
         raise LuthierError("this model has no classification head; name a run or an adapter that was trained with objective: classify")
     codec, counts = Codec(policy.base.tokenizer), Counts()
     room = min(2048, policy.limit, policy.base.tokenizer.model_max_length)
@@ -300,9 +315,9 @@ def predict_texts(policy: Policy, texts: Sequence[Labelled]) -> list[dict[str, A
     return predict(policy, objective, [row for _, rows in rendered for row in rows])
 
 
-def rewards(policy: Policy, items: Sequence[Judged], *, template: str | None = None) -> list[list[float]]:
+def rewards(policy: Policy, items: Sequence[Judged], *, template: str | None = None, part: str | None = None) -> list[list[float]]:
     """The reward of every answer, by item. Raises LuthierError for a policy without a reward head, and for an item that the template cannot render."""
-    objective: Any = policy.objective
+    objective = learned(policy, part)
     if not policy.heads or getattr(objective, "renders", "") != "ranked":
         raise LuthierError("this model has no reward head; name a run or an adapter that was trained with objective: reward")
     room = min(2048, policy.limit, policy.base.tokenizer.model_max_length)

@@ -30,6 +30,8 @@ def read_data(run: Run, tokenizer: Any, *, positions: int, say: Callable[[str], 
     d = run.data
     if not d.files:
         raise LuthierError("data.train: names no file; say luthier train FILE, or data.train=FILE")
+    if d.mix is None and run.objective.renders == "mixed":
+        raise LuthierError("objective: multitask learns the sources of data.mix, and there is none; name them, or set the objective of one task")
     if serves := getattr(run.objective, "serves", None):
         serves(form.kind)
     how = partial(_read, run, tokenizer=tokenizer, positions=positions, form=form)

@@ -216,9 +216,7 @@ class Run:
         for name, value in completed(self).items():
             object.__setattr__(self, name, value)
         asked = {} if self.data.mix is None else {name: source.objective for name, source in self.data.mix.sources.items()}
-        if hasattr(self.objective, "joined"):
-            if not asked:
-                raise ConfigError("objective: multitask learns the sources of data.mix, and there is none; name them, or set the objective of one task")
+        if asked and hasattr(self.objective, "joined"):
             object.__setattr__(self, "objective", self.objective.joined(asked))
         elif named := next((name for name, part in asked.items() if part is not None), None):
             raise ConfigError(

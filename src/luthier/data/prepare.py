@@ -92,8 +92,8 @@ def prepare(
     """Read, convert, render and divide. ``say`` gets one line for each thing the user should know; ``progress`` the records rendered.
 
     ``form``: what kind of model the rows are for. ``problem`` and ``labels``: for labelled texts, where they are known already. ``beginning``: where the
-    model is to go on from raw text, so many tokens of it are the prompt. ``templates``: patterns of prompts and completions; a record gives one row for each, which
-    stay together.
+    model is to go on from raw text, so many tokens of it are the prompt. ``templates``: patterns of prompts and completions; a record gives one row for each,
+    which stay together.
     """
     if not sources:
         raise LuthierError("no training data: set data.train to a file, a folder or a Hub data set id.")

@@ -104,7 +104,7 @@ class Objective:
         """Raise Incompatible for a kind of model that one of the parts does not serve."""
         for name, part in self._known().items():
             try:
-                part.serves(kind)
+                getattr(part, "serves", lambda _: None)(kind)
             except Incompatible as e:
                 raise Incompatible(f"objective multitask, part {name}: {e}") from None
 
