@@ -8,9 +8,10 @@ from functools import partial
 from typing import Any
 
 from .core import Base, LuthierError
-from .data.mixing import Mixture, Rows, rates
+from .data.mixing import Drawn, Mixture, Rows, rates
 from .data.prepare import DECODER, Prepared, prepare
 from .data.rows import Form
+from .data.streaming import Streamed
 from .mix import Mix, Source
 from .run import Run
 
@@ -68,6 +69,7 @@ def _read(run: Run, source: Source, *, objective: Any, tokenizer: Any, positions
         validation_share=d.validation_share,
         validation_rows=source.validation_rows or d.validation_rows,
         templates=[(t.prompt, t.completion) for t in source.templates],
+        stream=source.buffer if source.stream else None,
         seed=run.seed,
         say=say,
         **known,
@@ -142,13 +144,20 @@ def order_of(run: Run, prepared: Prepared) -> Mixture | None:
     mix = run.data.mix
     if mix is None:
         return None
-    sources, first = [], 0
+    sources: list[Drawn] = []
+    first = 0
     for name, rows in prepared.sources.items():
-        sources.append(Rows(name, rows.train, run.seed, first=first, variants=bool(mix.sources[name].templates)))
+        of = mix.sources[name]
+        if rows.stream is not None:
+            told = {"rows": of.rows, "tokens": rows.facts["mean_tokens"], "task": part_of(run, name)[0], "variants": bool(of.templates)}
+            sources.append(Streamed(name, rows.stream, run.seed, buffer=of.buffer, **told))
+            continue
+        sources.append(Rows(name, rows.train, run.seed, first=first, variants=bool(of.templates)))
         first += len(rows.train)
-    sizes = [s.size for s in sources]
+    sizes = [s.size or 1 for s in sources]  # where one is not known, the rule does not ask
     rate_M = rates(sizes, mix.rule, temperature=mix.temperature or 2.0, cap=mix.cap, weights=[s.weight or 0.0 for s in mix.sources.values()])
-    return Mixture(sources, rate_M, run.seed, epoch_rows=sum(n if mix.cap is None else min(n, mix.cap) for n in sizes))
+    streams = any(s.stream for s in mix.sources.values())
+    return Mixture(sources, rate_M, run.seed, epoch_rows=None if streams else sum(n if mix.cap is None else min(n, mix.cap) for n in sizes))
 
 
 def fitted(run: Run, prepared: Prepared) -> Run:
