@@ -59,7 +59,23 @@ def rows_for(objective: str, family: str) -> list[Row]:
             ids = np.array([start], dtype=np.int32) if family in tiny.SEQ2SEQ else r.ids
             out.append(Row(ids, np.ones(len(ids), dtype=bool), r.where, extras))
         return out
+    if objective == "multitask":
+        return [replace(r, task=name) for name, kind in parts_for(family).items() for r in rows_for(kind, family)]
     return tiny.rows_for(family, 4)
+
+
+def parts_for(family: str) -> dict[str, str]:
+    """What is mixed on a family: what it learns of its own language, labels, and where it can, what it is asked and what is preferred."""
+    own = "masked_text" if family in tiny.ENCODERS else "sft"
+    return {"own": own, "mood": "classify", "best": "reward"} | ({"text": "text"} if family not in (*tiny.ENCODERS, *tiny.SEQ2SEQ) else {})
+
+
+def settings_for(objective: str, family: str) -> str | dict:
+    """The objective as a run file says it."""
+    labels = {"kind": "classify", "problem": "single", "labels": list(LABELS)}
+    if objective == "multitask":
+        return {"kind": objective, "parts": {n: labels if k == "classify" else k for n, k in parts_for(family).items()}}
+    return labels if objective == "classify" else objective
 
 
 def _answered(row: Row, i: int) -> Row:
@@ -78,9 +94,10 @@ def run(cell: Cell) -> str:
     stored = plugin("precision", precision)(**SETTINGS.get(precision, {}))
     base = tiny.in_codes(family, precision=stored) if stored.packed else tiny.base(family)
     base.model.to(stored.dtype)
-    settings = {"kind": "classify", "problem": "single", "labels": list(LABELS)} if objective == "classify" else objective
+    sources = {"mix": {"sources": dict.fromkeys(parts_for(family), "made.jsonl")}} if objective == "multitask" else {}
+    settings = settings_for(objective, family)
     try:
-        policy, goal = build.assemble(Run(method=method, objective=settings, precision=stored, place={"kind": "one", "on": "cpu"}), base)
+        policy, goal = build.assemble(Run(method=method, objective=settings, precision=stored, place={"kind": "one", "on": "cpu"}, data=sources), base)
     except Incompatible as e:
         assert len(str(e)) > 30 and "\n" not in str(e), e
         return f"refused: {e}"

@@ -13,7 +13,7 @@ import luthier
 SRC = Path(luthier.__file__).parent
 
 # Who may import whom, of ours. Settings read without torch: errors to run. Everybody may import errors.
-SETTINGS = {"names", "plugins", "runfile", "schema", "config", "run", "stages"}
+SETTINGS = {"names", "plugins", "runfile", "schema", "config", "mix", "run", "stages"}
 BASICS = {"core", "nn", "anatomy", "packed"}
 LAW: dict[str, set[str]] = {
     "errors": set(),
@@ -22,7 +22,8 @@ LAW: dict[str, set[str]] = {
     "plugins": {"names"},
     "schema": {"plugins", "run"},
     "config": SETTINGS,
-    "run": {"config", "plugins"},
+    "mix": {"plugins"},
+    "run": {"config", "mix", "plugins"},
     "stages": SETTINGS,
     "core": set(),
     "nn": set(),
@@ -75,10 +76,11 @@ LAW: dict[str, set[str]] = {
     "checking": BASICS | {"build", "optim", "plugins", "policy", "site", "train"},
     "remembered": {"adapter", "core", "data", "measure", "plugins"},
     "opening": {"codes", "core", "hub", "plugins", "policy", "run", "adapter", "build", "remembered"},
-    "measure": {"core", "data", "evaluate", "objectives", "plugins", "policy", "reading", "run"},
+    "measure": {"by_source", "core", "data", "evaluate", "objectives", "plugins", "policy", "reading", "run"},
+    "by_source": {"data", "evaluate", "reading", "run"},
     "calibrating": BASICS | {"data", "measure", "plugins", "policy", "quantised", "reading"},
     "crafting": {"core", "measure", "policy"},
-    "reading": {"core", "data", "run"},
+    "reading": {"core", "data", "mix", "run"},
     "kernels": {"anatomy", "attention", "site"},
     "saved": {"anatomy", "core", "kernels", "packed"},
     "microbatch": {"core", "nn", "reading", "run"},
@@ -98,7 +100,7 @@ LAW: dict[str, set[str]] = {
     "staleness": {"ledger", "stages"},
     "overview": {"ledger", "measure", "progress", "stages"},
     "report": {"data"},
-    "progress": {"anatomy", "core", "counts", "crafting", "measure", "plugins", "train", "session"},
+    "progress": {"anatomy", "core", "counts", "crafting", "data", "measure", "plugins", "train", "session"},
 }
 ANYTHING_BUT_CLI = {"session", "relay", "__init__"}
 AXES = ("methods", "objectives", "precision", "place", "tasks", "speed")

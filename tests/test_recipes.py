@@ -15,5 +15,5 @@ def test_every_recipe_reads_and_says_its_hardware():
         assert stages is None or not stages.notes, path
         runs = [load_run(str(path))] if stages is None else [s.asked for s in stages.stages]
         assert (runs[0].name if stages is None else stages.name) in (path.stem.removeprefix("pretrain-"), f"{path.parent.name}-{path.stem}"), path
-        assert all(run.data.train for run in runs), path
+        assert all(run.data.files for run in runs), path
         assert "# Hardware:" in path.read_text().split("model:")[0], path

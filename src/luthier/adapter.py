@@ -194,7 +194,7 @@ def load(base: Base, folder: Path, *, name: str = "default") -> Policy:
     heads = restored_heads(base, objective, values, folder)
     delta = method.attach(base, name)
     _attach_tokens(base, delta, name, values)
-    if heads and method.edits == "weights":
+    if heads and method.edits == "weights" and not getattr(objective, "reads_head", False):
         leave_out_unread(base, delta)
     _fill(delta, values, str(folder))
     policy = Policy(base, delta, method=method, name=name, heads=heads)

@@ -174,7 +174,8 @@ def assemble(run: Run, base: Base | None = None, *, name: str = "default") -> tu
     if base is None:
         base = load(run.model, precision=run.precision, device=place.device, trains_base=method.edits == "weights")
     heads = objective.heads(base)
-    if not heads and base.probes.get("head", 0.0) is None:
+    reads_head = not heads or getattr(objective, "reads_head", False)
+    if reads_head and base.probes.get("head", 0.0) is None:
         raise Incompatible(
             f"objective {kind_of(objective)} reads this model's own language-model head, which is missing from its files ({base.source}); "
             "use a checkpoint that has it, or an objective with a head of its own (classify)"
@@ -183,9 +184,10 @@ def assemble(run: Run, base: Base | None = None, *, name: str = "default") -> tu
         vocabulary.extend(base, run.tokens)
     delta = method.attach(base, name)
     vocabulary.attach(base, delta, name)
-    if heads and method.edits == "weights":
+    if not reads_head and method.edits == "weights":
         leave_out_unread(base, delta)
     policy = Policy(base, delta, method=method, name=name, heads=heads)
+    policy.objective = objective
     if getattr(method, "from_", None) and base.model.device.type != "meta":
         adapter.start_from(policy, method.from_)  # type: ignore[attr-defined]
     if "rollouts" in objective.needs:

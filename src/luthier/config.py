@@ -117,12 +117,17 @@ def completed(settings: Any) -> dict[str, Any]:
 
 def plain(settings: Any) -> dict[str, Any]:
     """Settings as plain data that reads back equal, the kind of each plug-in included."""
-    out: dict[str, Any] = {}
-    for name, hint in hints(type(settings)).items():
-        value = getattr(settings, name)
-        kind = {"kind": kind_of(value)} if unwrap(hint)[1] is not None and dataclasses.is_dataclass(value) else {}
-        out[spelled(name)] = kind | plain(value) if dataclasses.is_dataclass(value) else list(value) if isinstance(value, tuple) else value
-    return out
+    return {spelled(name): _plain(getattr(settings, name), hint) for name, hint in hints(type(settings)).items()}
+
+
+def _plain(value: Any, hint: Any) -> Any:
+    inner, plug, _ = unwrap(hint)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return ({"kind": kind_of(value)} if plug is not None else {}) | plain(value)
+    each = typing.get_args(inner)[-1] if typing.get_origin(inner) is dict else None
+    if isinstance(value, Mapping):
+        return {k: _plain(v, each) for k, v in value.items()}
+    return [_plain(v, None) for v in value] if isinstance(value, tuple) else value
 
 
 def spelled(field: str) -> str:

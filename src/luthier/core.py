@@ -37,6 +37,7 @@ class Row:
     where: str = ""
     extras: Mapping[str, Any] = field(default_factory=dict)
     visit: tuple[int, ...] = ()  # (seed, epoch, row) of a training step: what chance in collating depends on; empty elsewhere
+    task: str = ""  # the part of a multitask objective that learns it
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -110,6 +111,7 @@ class Batch(Stream):
     route: tuple[str | None, ...] | None = None  # the delta of each example; None inside: the base
     where: tuple[str, ...] = ()  # the source of each example, for messages
     beside: Batch | None = None  # examples that are only read, without gradients (KTO's answers to other prompts)
+    parts: dict[str, Batch] = field(default_factory=dict)  # of several tasks in one stream: each task's own batch, in the order in which they lie there
 
     @property
     def tokens(self) -> int:
@@ -124,8 +126,8 @@ class Batch(Stream):
             self.targets = self.targets.to(device, non_blocking=True)
         if self.source is not None:
             self.source.ids, self.source.inputs = self.source.ids.to(device), move(self.source.inputs)
-        if self.beside is not None:
-            self.beside.to(device)
+        for other in (*([] if self.beside is None else [self.beside]), *self.parts.values()):
+            other.to(device)
         return self
 
 
@@ -402,8 +404,8 @@ class Method(Protocol):
 
 
 # How data/ turns records into rows. ranked: answers to one prompt, best first, which are read; pairs: the same, which are written; judged: one answer,
-# and whether it is good; prompts: what the model itself is to answer.
-Renders = Literal["text", "chat", "label", "masked", "ranked", "pairs", "judged", "prompts"]
+# and whether it is good; prompts: what the model itself is to answer; mixed: as the part of a multitask objective that the source belongs to wants it.
+Renders = Literal["text", "chat", "label", "masked", "ranked", "pairs", "judged", "prompts", "mixed"]
 
 
 class Objective(Protocol):

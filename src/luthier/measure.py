@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from . import by_source
 from .core import Batch, LuthierError, Objective, Row
 from .data.answers import Renderer
 from .data.codec import Codec
@@ -18,7 +20,7 @@ from .data.prepare import Prepared, prepare
 from .data.rankings import render_preferences
 from .data.render import render_prompt, stop_ids
 from .data.rows import Counts, Dropped, sides
-from .evaluate import Score, loss_on, score
+from .evaluate import Losses, Score, loss_on, score
 from .objectives import masked_text
 from .objectives import text as text_objective
 from .plugins import plugin
@@ -46,7 +48,13 @@ class Measures:
 
     loss: Mean | None = None  # per trained token (nats) or example of the validation rows
     general: Mean | None = None  # nats per token of general text; of models that are no decoders, per hidden token
-    scores: dict[str, Score] = field(default_factory=dict)
+    scores: dict[str, Score] = field(default_factory=dict)  # of a mixture SOURCE/SCORE, and SCORE for their average
+    sources: dict[str, Mean] = field(default_factory=dict)  # of a mixture: the loss of each source on its own held-out rows
+
+    @property
+    def average(self) -> float | None:
+        """The sources' losses, each counted once; None where there are none."""
+        return sum(m.value for m in self.sources.values()) / len(self.sources) if self.sources else None
 
     def numbers(self) -> dict[str, float]:
         """Flat, for metrics.jsonl."""
@@ -55,6 +63,8 @@ class Measures:
             out["loss"] = self.loss.value
         if self.general is not None:
             out["general_loss"] = self.general.value
+        if self.average is not None:
+            out |= {"average_loss": self.average} | {f"{name}/loss": m.value for name, m in self.sources.items()}
         for name, s in self.scores.items():
             out |= {name: s.value, f"{name}_low": s.low, f"{name}_high": s.high}
         return out
@@ -63,7 +73,8 @@ class Measures:
     def from_dict(cls, d: dict[str, Any]) -> Measures:
         """From dataclasses.asdict, as a checkpoint keeps it."""
         mean = lambda m: None if m is None else Mean(**m)  # noqa: E731
-        return cls(mean(d.get("loss")), mean(d.get("general")), {k: Score(**s) for k, s in d.get("scores", {}).items()})
+        scores = {k: Score(**s) for k, s in d.get("scores", {}).items()}
+        return cls(mean(d.get("loss")), mean(d.get("general")), scores, {k: Mean(**m) for k, m in d.get("sources", {}).items()})
 
 
 Rewarding = Callable[[Sequence[Row]], dict[str, Score]]
@@ -76,20 +87,47 @@ class Scorer:
         """``rewarded``: scores the policy's answers to held-out prompts, of an objective that learns from its own answers."""
         self.policy, self.objective, self.prepared, self.run, self.packed, self.rewarded = policy, objective, prepared, run, packed, rewarded
         answers = objective.renders == "prompts"  # what is held out are prompts, which have no loss
-        self.groups = [] if answers else group(prepared.validation, run.optim.micro_tokens, packed)
+        self.sources = {name: Scorer(policy, goal, rows, own, packed=packed) for name, goal, rows, own in by_source.runs_of(run, prepared)}
+        self.groups = [] if answers or self.sources else group(prepared.validation, run.optim.micro_tokens, packed)
         self.general: Objective = text_objective.Objective() if policy.base.anatomy.kind == "decoder" else masked_text.Objective()
         self.general_groups = group(self._general_rows(), run.optim.micro_tokens, packed) if run.evaluate.forgetting else []
 
     def measure(self, *, tasks: bool, say: Any = None) -> Measures:
         """Held-out and general loss; with ``tasks`` the run's tasks too."""
         out = Measures(self._loss(self.objective, self.groups), self._loss(self.general, self.general_groups))
+        if self.sources:
+            self._measure_sources(out, tasks, say)
+            return out
         if self.rewarded is not None and self.prepared.validation:
             out.scores |= self.rewarded(self.prepared.validation[: self.run.evaluate.task_rows])
         if tasks:
-            own = OWN_TASK.get(self.objective.renders) if self.groups else None  # it costs one forward a row
-            for kind in dict.fromkeys([*([own] if own else []), *self.run.evaluate.tasks]):
-                out.scores |= self.task(kind, say)
+            out.scores |= self.task_scores(say)
         return out
+
+    def _measure_sources(self, out: Measures, tasks: bool, say: Any) -> None:
+        """Each source by itself, and all of them together: the loss over all held-out rows, and the average of each score."""
+        losses: dict[str, Losses] = {}
+        named: dict[str, list[Score]] = defaultdict(list)
+        for name, scorer in self.sources.items():
+            if not scorer.groups:
+                continue
+            losses[name] = scorer.losses(scorer.objective, scorer.groups)
+            out.sources[name] = _mean(losses[name], scorer.objective)
+            for score_name, value in (scorer.task_scores(say) if tasks else {}).items():
+                out.scores[f"{name}/{score_name}"] = value
+                named[score_name].append(value)
+        if losses:
+            whole = by_source.pooled(self.run, losses)
+            out.loss = Mean(whole.value, whole.n, "units") if self.objective.renders == "mixed" else _mean(whole, self.objective)
+        out.scores |= {name: by_source.average(values) for name, values in named.items() if len(values) > 1}
+
+    def task_scores(self, say: Any = None) -> dict[str, Score]:
+        """Scores of the objective's own task and of the run's."""
+        own = OWN_TASK.get(self.objective.renders) if self.groups else None  # it costs one forward a row
+        scores: dict[str, Score] = {}
+        for kind in dict.fromkeys([*([own] if own else []), *self.run.evaluate.tasks]):
+            scores |= self.task(kind, say)
+        return scores
 
     def task(self, kind: str, say: Any = None) -> dict[str, Score]:
         """Scores of one task on the validation records (or on the task's own rows, where it brings them)."""
@@ -108,6 +146,8 @@ class Scorer:
 
     def samples(self) -> list[dict[str, Any]]:
         """The fixed prompts with the policy's greedy answers."""
+        if self.sources:
+            return [{"source": name} | row for name, scorer in self.sources.items() for row in scorer.samples()]
         n = self.run.evaluate.samples
         if n == 0:
             return []
@@ -142,13 +182,13 @@ class Scorer:
         ]
 
     def _loss(self, objective: Objective, groups: list[list[Row]]) -> Mean | None:
-        if not groups:
-            return None
+        return _mean(self.losses(objective, groups), objective) if groups else None
+
+    def losses(self, objective: Objective, groups: list[list[Row]]) -> Losses:
+        """Summed loss and counts of held-out rows."""
         pad = self.policy.base.tokenizer.pad_token_id or 0
         batches = (to_device(objective.collate(g, pad=pad, packed=self.packed), self.policy) for g in groups)
-        losses = loss_on(self.policy, objective, batches)
-        unit = next(iter(objective.terms))
-        return Mean(losses.value, losses.counts[unit], unit)
+        return loss_on(self.policy, objective, batches)
 
     def _general_rows(self) -> list[Row]:
         d, form = self.run.data, form_of(self.policy.base)
@@ -182,10 +222,15 @@ class Scorer:
         return general.train
 
 
+def _mean(losses: Losses, objective: Objective) -> Mean:
+    unit = next(iter(objective.terms))
+    return Mean(losses.value, losses.counts[unit], unit)
+
+
 def once(policy: Policy, run: Run) -> Measures:
     """Loss of a policy on the validation rows that a run's settings hold out, and on general text; only the second where they name no data."""
     prepared = Prepared([], [], [])
-    if run.data.train:
+    if run.data.files:
         prepared = read_data(run, policy.base.tokenizer, positions=policy.limit, say=lambda _: None, form=form_of(policy.base))
     return Scorer(policy, run.objective, prepared, run, packed=policy.base.packs).measure(tasks=False)
 
@@ -244,10 +289,25 @@ def predict(policy: Policy, objective: Any, rows: Sequence[Row], *, tokens: int 
     return out
 
 
-def predict_texts(policy: Policy, texts: Sequence[Labelled]) -> list[dict[str, Any]]:
-    """What a policy with a classification head says of texts (``Labelled`` without a label). Raises LuthierError for one without a head."""
+def learned(policy: Policy, part: str | None = None) -> Any:
+    """What a policy with heads was trained with; of several tasks, the one that is named. Raises LuthierError where a name is missing or says nothing."""
     objective: Any = policy.objective
-    if not policy.heads or objective is None:
+    if objective is None or objective.renders != "mixed":
+        if part is not None:
+            raise LuthierError(f"--part {part}: this model was not trained on several tasks; leave it out")
+        return objective
+    if part is None:
+        raise LuthierError(f"this model learned several tasks: {', '.join(objective.parts)}; say which of them is meant with --part")
+    return objective.part(part)
+
+
+def predict_texts(policy: Policy, texts: Sequence[Labelled], *, part: str | None = None) -> list[dict[str, Any]]:
+    """What a policy with a classification head says of texts (``Labelled`` without a label). Raises LuthierError for one without a head.
+
+    ``part``: of a policy that was trained on several tasks, the one that is meant.
+    """
+    objective = learned(policy, part)
+    if not policy.heads or objective is None or objective.renders != "label":
         raise LuthierError("this model has no classification head; name a run or an adapter that was trained with objective: classify")
     codec, counts = Codec(policy.base.tokenizer), Counts()
     room = min(2048, policy.limit, policy.base.tokenizer.model_max_length)
@@ -255,9 +315,9 @@ def predict_texts(policy: Policy, texts: Sequence[Labelled]) -> list[dict[str, A
     return predict(policy, objective, [row for _, rows in rendered for row in rows])
 
 
-def rewards(policy: Policy, items: Sequence[Judged], *, template: str | None = None) -> list[list[float]]:
+def rewards(policy: Policy, items: Sequence[Judged], *, template: str | None = None, part: str | None = None) -> list[list[float]]:
     """The reward of every answer, by item. Raises LuthierError for a policy without a reward head, and for an item that the template cannot render."""
-    objective: Any = policy.objective
+    objective = learned(policy, part)
     if not policy.heads or getattr(objective, "renders", "") != "ranked":
         raise LuthierError("this model has no reward head; name a run or an adapter that was trained with objective: reward")
     room = min(2048, policy.limit, policy.base.tokenizer.model_max_length)
@@ -291,7 +351,7 @@ def score_labels(
 
 def can_write(policy: Policy) -> None:
     """Raise LuthierError for a policy that gives labels, or that only reads."""
-    if policy.heads:
+    if policy.heads and not getattr(policy.objective, "reads_head", False):
         gives = "reward model: it scores answers" if getattr(policy.objective, "renders", "") == "ranked" else "classifier: it gives labels"
         raise LuthierError(f"this is a {gives} and writes no text; use luthier predict")
     if policy.base.anatomy.kind == "encoder":

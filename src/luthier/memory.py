@@ -23,7 +23,7 @@ from .anatomy import numbers
 from .core import Batch
 from .decoding import DecoderSteps, Seq2SeqSteps
 from .measure import ANSWER_ROWS
-from .microbatch import Shape, batch_of, shape_of, with_labels
+from .microbatch import Shape, batch_of, lacks_labels, parts_of, shape_of, with_labels
 from .optim import SMALL, Optimizer
 from .packed import packed
 from .policy import Policy
@@ -77,7 +77,7 @@ class Plan:
         self.run, _ = build.resolve(run)
         trains_base = self.run.method.edits == "weights"
         base = build.load(self.run.model, precision=self.run.precision, device="meta", weights=False, trains_base=trains_base)
-        if self.run.objective.renders == "label":
+        if lacks_labels(self.run.objective):
             self.run = replace(self.run, objective=with_labels(self.run.objective))
         if getattr(self.run.precision, "resident", "no") == "yes":
             for _, module in packed(base.model):
@@ -125,7 +125,8 @@ class Plan:
         if not out:
             out["evaluation"] = saved.count(policy, ours, device, lambda w: _evaluate(policy, self.objective, batch, w), **how)
         rows = ANSWER_ROWS if run.evaluate.tasks else run.evaluate.samples
-        if rows and self.objective.renders in ("chat", "text") and policy.base.anatomy.kind != "encoder":
+        writes = {p.renders for p in parts_of(self.objective).values()} & {"chat", "text"}
+        if rows and writes and policy.base.anatomy.kind != "encoder":
             peak = saved.count(policy, ours, device, lambda _: _answer(policy, rows, max(shape.lengths)), once=self.stacks)
             more = prepacked.size(policy.lm) if device == "cpu" else 0
             out["answers"] = replace(peak, bytes=peak.bytes + more, parts=peak.parts | ({"weights laid out": more} if more else {}))

@@ -42,9 +42,9 @@ def shape_of(run: Run, base: Any) -> Shape:
     """The largest micro-batch that the settings allow."""
     positions = min(base.max_positions, getattr(base.tokenizer, "model_max_length", base.max_positions)) - getattr(run.method, "shift", 0)
     longest = max(8, min(run.data.max_tokens or MAX_TOKENS, positions))
-    renders = run.objective.renders
-    sides = 2 if base.anatomy.kind == "encoder_decoder" and renders != "masked" else 1  # masked: both sides are made from one text
-    texts = sides * (2 if renders in COMPARING else 1)
+    renders = {part.renders for part in parts_of(run.objective).values()}
+    sides = 2 if base.anatomy.kind == "encoder_decoder" and renders != {"masked"} else 1  # masked: both sides are made from one text
+    texts = sides * (2 if renders & set(COMPARING) else 1)
     o, width = run.optim, longest * texts
     step = o.batch_tokens if o.batch_examples is None else o.batch_examples * width
     budget = max(width, min(o.micro_tokens, step))
@@ -55,7 +55,8 @@ def shape_of(run: Run, base: Any) -> Shape:
 
 def batch_of(shape: Shape, base: Any, objective: Any) -> tuple[Batch, int]:
     """The micro-batch on meta, and how many of its positions are scored."""
-    rows = [_row(n, i, base, objective) for i, n in enumerate(shape.lengths)]
+    parts = list(parts_of(objective).items())  # of several, each gets a row in turn
+    rows = [replace(_row(n, i, base, parts[i % len(parts)][1]), task=parts[i % len(parts)][0]) for i, n in enumerate(shape.lengths)]
     batch = objective.collate(rows, pad=0, packed=shape.packed)
     scored = 0 if batch.targets is None else int((batch.targets != IGNORE).sum())
     return batch.to(torch.device("meta")), scored
@@ -83,7 +84,22 @@ def _row(length: int, i: int, base: Any, objective: Any) -> Row:
     return join([row, row], ranks=(0, 1), margin=0.0, good=bool(i % 2), **cached)
 
 
+def parts_of(objective: Any) -> dict[str, Any]:
+    """The parts of a multitask objective; any other is one of no name."""
+    return objective.parts if objective.renders == "mixed" else {"": objective}
+
+
+def lacks_labels(objective: Any) -> bool:
+    """Whether something is to be labelled, by names that only the data tells."""
+    parts = [p for p in parts_of(objective).values() if p.renders == "label"]
+    return any(p.problem == "auto" or (p.problem != "regression" and not p.labels) for p in parts)
+
+
 def with_labels(objective: Any) -> Any:
     """Two labels, where reading the data would tell them: a head's size hardly depends on it."""
+    if objective.renders == "mixed":
+        return replace(objective, parts={n: with_labels(p) for n, p in objective.parts.items()})
+    if objective.renders != "label":
+        return objective
     problem = "single" if objective.problem == "auto" else objective.problem
     return replace(objective, problem=problem, labels=() if problem == "regression" else objective.labels or ("a", "b"))

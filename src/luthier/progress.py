@@ -20,6 +20,7 @@ from .plugins import kind_of
 if TYPE_CHECKING:
     from .core import Base
     from .crafting import Tried
+    from .data.mixing import Share
     from .measure import Measures
     from .session import Result, Session
     from .train import Step
@@ -85,6 +86,8 @@ class Reporter:
         per = f"{o.batch_examples} examples" if o.batch_examples else f"{o.batch_tokens:,} tokens"
         self.head(f"training: {session.steps} steps of {per}, {'packed' if session.packed else 'padded'}, seed {run.seed}, on {run.place.device}")
         self._rates(session)
+        if session.mixture is not None:
+            self.mixture(session.mixture.rule(), session.mixture.planned())
 
     def _rates(self, session: Session) -> None:
         run, o = session.run, session.run.optim
@@ -163,6 +166,17 @@ class Reporter:
             f"{facts['stopped']:.0%} stopped by themselves"
         )
 
+    def mixture(self, when: str, shares: dict[str, Share]) -> None:
+        """How much of the mixture each source is, or has been."""
+        table = Table(title=None, show_edge=False, pad_edge=False, box=None, padding=(0, 2, 0, 0))
+        for name in ("  source", "rows", "drawn", "share", "of tokens", "epochs"):
+            table.add_column(name, justify="left" if "source" in name else "right", no_wrap=True)
+        for name, s in shares.items():
+            rows = "a stream" if s.rows is None else f"{s.rows:,}"
+            table.add_row(f"  {name}", rows, f"{s.drawn:,}", f"{s.rate:.2%}", f"{s.tokens:.2%}", f"{s.epochs:.2f}")
+        self.note(when)
+        self.console.print(table)
+
     def crafted(self, tried: list[Tried], tokenizer: Any) -> None:
         """The candidate prompts, and the one that was chosen."""
         best, base = tried[0], next((t for t in tried if not t.method.ids), None)
@@ -206,6 +220,10 @@ def rows_of(before: Measures, after: Measures) -> dict[str, tuple[str, str]]:
     for name, a, b in (("held-out loss", before.loss, after.loss), ("loss on general text", before.general, after.general)):
         if a is not None and b is not None:
             out[name] = (f"{a.value:.4f}", f"{b.value:.4f}  n={b.n:,} {b.unit}")
+        if name == "held-out loss" and before.average is not None and after.average is not None:
+            out["  average of them"] = (f"{before.average:.4f}", f"{after.average:.4f}")
+            for source, m in after.sources.items():
+                out[f"  {source}"] = (f"{before.sources[source].value:.4f}", f"{m.value:.4f}  n={m.n:,} {m.unit}")
     for name, s in after.scores.items():
         out[name] = (str(before.scores[name]) if name in before.scores else "", str(s))
     return out
@@ -230,5 +248,7 @@ def _sentence(m: Measures) -> str:
         parts.append(f"held-out loss {m.loss.value:.4f}")
     if m.general is not None:
         parts.append(f"general text {m.general.value:.4f}")
+    if m.sources:
+        parts.append("by source: " + " ".join(f"{name} {one.value:.3f}" for name, one in m.sources.items()))
     parts += [f"{name} {s}" for name, s in m.scores.items()]
     return ", ".join(parts) or "nothing to measure"

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from .core import Base, LuthierError
+from .data.mixing import Drawn, Mixture, Rows, rates
 from .data.prepare import DECODER, Prepared, prepare
 from .data.rows import Form
+from .data.streaming import Streamed
+from .mix import Mix, Source
 from .run import Run
 
 
@@ -25,38 +29,136 @@ def read_data(run: Run, tokenizer: Any, *, positions: int, say: Callable[[str], 
     ``form``: what kind of model the rows are for. Raises Incompatible where the objective does not serve that kind.
     """
     d = run.data
-    if not d.train:
+    if not d.files:
         raise LuthierError("data.train: names no file; say luthier train FILE, or data.train=FILE")
+    if d.mix is None and run.objective.renders == "mixed":
+        raise LuthierError("objective: multitask learns the sources of data.mix, and there is none; name them, or set the objective of one task")
     if serves := getattr(run.objective, "serves", None):
         serves(form.kind)
-    room = getattr(run.objective, "max_new", 0) if form.kind == "decoder" else 0  # what is answered takes positions too
+    how = partial(_read, run, tokenizer=tokenizer, positions=positions, form=form)
+    if d.mix is None:
+        return how(Source(files=d.train, columns=d.columns, shape=d.shape, validation=d.validation), objective=run.objective, say=say)
+    return _read_mix(run, d.mix, how, say)
+
+
+def _read(run: Run, source: Source, *, objective: Any, tokenizer: Any, positions: int, say: Callable[[str], None], form: Form) -> Prepared:
+    """One source under one objective; what the source does not say is as in data."""
+    d = run.data
+    room = getattr(objective, "max_new", 0) if form.kind == "decoder" else 0  # what is answered takes positions too
     if room >= positions:
         raise LuthierError(f"objective.max_new: answers of {room} tokens leave no room for a prompt in the {positions} positions of this model")
-    known: dict[str, Any] = {"problem": run.objective.problem, "labels": run.objective.labels} if run.objective.renders == "label" else {}
-    if run.objective.renders == "prompts":
-        known["beginning"] = run.objective.beginning
+    known: dict[str, Any] = {"problem": objective.problem, "labels": objective.labels} if objective.renders == "label" else {}
+    if objective.renders == "prompts":
+        known["beginning"] = objective.beginning
     return prepare(
-        d.train,
+        source.files,
         tokenizer,
-        **made_of(run, positions=positions - room, form=form),
-        limit=d.limit,
-        on_bad_row=d.on_bad_row,
-        validation=d.validation,
+        **made_of(run, positions=positions - room, form=form, source=source, objective=objective),
+        limit=source.limit or d.limit,
+        on_bad_row=source.on_bad_row or d.on_bad_row,
+        validation=source.validation,
         validation_share=d.validation_share,
-        validation_rows=d.validation_rows,
+        validation_rows=source.validation_rows or d.validation_rows,
+        templates=[(t.prompt, t.completion) for t in source.templates],
+        stream=source.buffer if source.stream else None,
         seed=run.seed,
         say=say,
         **known,
     )
 
 
-def made_of(run: Run, *, positions: int, form: Form) -> dict[str, Any]:
-    """The settings that say how a record becomes rows, under the names that ``data/prepare.py`` has for them."""
-    d = run.data
+def made_of(run: Run, *, positions: int, form: Form, source: Source | None = None, objective: Any = None) -> dict[str, Any]:
+    """The settings that say how a record becomes rows, under the names that ``data/prepare.py`` has for them; of a source, what it says itself."""
+    d, goal = run.data, objective or run.objective
+    of = source or Source(files=d.train, columns=d.columns, shape=d.shape)
     return {
-        "renders": run.objective.renders, "form": form, "template": run.model.template, "shape": d.shape, "columns": d.columns, "split": d.split,
+        "renders": goal.renders, "form": form, "template": run.model.template, "shape": of.shape, "columns": of.columns, "split": of.split or d.split,
         "languages": d.languages, "max_tokens": min(d.max_tokens or 2048, positions), "over_length": d.over_length, "train_on": d.train_on,
     }  # fmt: skip
+
+
+# --- mixtures -------------------------------------------------------------------------------------------------------
+
+
+def _read_mix(run: Run, mix: Mix, how: Callable[..., Prepared], say: Callable[[str], None]) -> Prepared:
+    """Every source by itself, its rows marked with the part that learns them."""
+    if run.objective.renders == "prompts":
+        raise LuthierError("data.mix: this objective answers prompts, which it takes in turns and not by a rule; name the files in data.train")
+    out = Prepared([], [], [])
+    shared: dict[str, str] = {}
+    parts: dict[str, Any] = {}
+    for name, source in mix.sources.items():
+        part, objective = part_of(run, name)
+        if objective.renders == "label" and not objective.labels and part in shared:
+            which = "objective" if part == "" else f"objective.parts.{part}"
+            raise LuthierError(
+                f"data.mix.sources.{name}: its labels would be learned by the same head as those of {shared[part]}; say which there are in all of them "
+                f"({which}.labels=[...])" + ("" if part else ", or give each a head of its own with objective: multitask")
+            )
+        shared[part] = name
+        if source.templates and objective.renders != "chat":
+            raise LuthierError(f"data.mix.sources.{name}.templates: they make prompts with completions, for objective sft, and this source's is another")
+        say(f"source {name}" + (f", learned by {part}:" if part else ":"))
+        got = how(source, objective=objective, say=lambda text: say(f"  {text}"))
+        if part:
+            got.train[:], got.validation[:] = ([replace(r, task=part) for r in rows] for rows in (got.train, got.validation))
+            parts[part] = got.facts
+        out.sources[name] = got
+    together(out)
+    first = next(iter(out.sources.values())).facts
+    out.facts = {k: first[k] for k in ("max_tokens", "over_length", "problem", "labels") if k in first} | {
+        "renders": run.objective.renders,
+        "rows": len(out.train),
+        "tokens": sum(s.facts["tokens"] for s in out.sources.values()),
+        "sources": {name: s.facts for name, s in out.sources.items()},
+        "parts": parts,
+    }
+    return out
+
+
+def part_of(run: Run, source: str) -> tuple[str, Any]:
+    """(the part's name, its objective) that learns a source of the mixture; ("", the run's objective) where that has no parts."""
+    assert run.data.mix is not None
+    if not hasattr(run.objective, "part_of"):
+        return "", run.objective
+    name = run.objective.part_of(source, run.data.mix.sources[source].objective)
+    return name, run.objective.parts[name]
+
+
+def together(prepared: Prepared) -> None:
+    """Fill the lists of a mixture from its sources'."""
+    for name in ("train", "validation", "validation_records"):
+        getattr(prepared, name)[:] = [x for s in prepared.sources.values() for x in getattr(s, name)]
+
+
+def sections(run: Run, prepared: Prepared) -> Iterator[tuple[str, Any, Prepared]]:
+    """(source, objective, its rows) of a mixture; one of no name otherwise. The objective of a multitask part reads the heads of all parts."""
+    if not prepared.sources:
+        yield "", run.objective, prepared
+    for name, rows in prepared.sources.items():
+        part, objective = part_of(run, name)
+        yield name, run.objective.part(part) if part else objective, rows
+
+
+def order_of(run: Run, prepared: Prepared) -> Mixture | None:
+    """The order in which a mixture's rows are drawn; None where there is no mixture."""
+    mix = run.data.mix
+    if mix is None:
+        return None
+    sources: list[Drawn] = []
+    first = 0
+    for name, rows in prepared.sources.items():
+        of = mix.sources[name]
+        if rows.stream is not None:
+            told = {"rows": of.rows, "tokens": rows.facts["mean_tokens"], "task": part_of(run, name)[0], "variants": bool(of.templates)}
+            sources.append(Streamed(name, rows.stream, run.seed, buffer=of.buffer, **told))
+            continue
+        sources.append(Rows(name, rows.train, run.seed, first=first, variants=bool(of.templates)))
+        first += len(rows.train)
+    sizes = [s.size or 1 for s in sources]  # where one is not known, the rule does not ask
+    rate_M = rates(sizes, mix.rule, temperature=mix.temperature or 2.0, cap=mix.cap, weights=[s.weight or 0.0 for s in mix.sources.values()])
+    streams = any(s.stream for s in mix.sources.values())
+    return Mixture(sources, rate_M, run.seed, epoch_rows=None if streams else sum(n if mix.cap is None else min(n, mix.cap) for n in sizes))
 
 
 def fitted(run: Run, prepared: Prepared) -> Run:

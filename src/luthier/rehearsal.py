@@ -17,7 +17,7 @@ from .core import Base, LuthierError
 from .data.prepare import Prepared
 from .data.sources import files_of
 from .hub import fingerprint, locate
-from .microbatch import with_labels
+from .microbatch import lacks_labels, with_labels
 from .plugins import is_path, kind_of
 from .policy import Policy
 from .reading import form_of, read_data
@@ -61,7 +61,7 @@ def assemble(stages: Stages, stage: Stage, made: Made) -> Tried:
     """Put a stage together on meta. Raises LuthierError where its choices cannot go together."""
     run, added = standing_in(stages, stage, made)
     run, _ = build.resolve(run)
-    if run.objective.renders == "label" and not run.objective.labels:
+    if lacks_labels(run.objective):
         run = replace(run, objective=with_labels(run.objective))
     base = build.load(run.model, precision=run.precision, device=torch.device("meta"), weights=False, trains_base=run.method.edits == "weights")
     for tokens in added:  # they are in the model that it will be handed
@@ -132,9 +132,9 @@ def _one_base(a: Model, b: Model) -> bool:
 def _check_files(stage: Stage) -> None:
     """Data and a base that no stage makes are where they are said to be; a base is fetched now."""
     run, d = stage.asked, stage.asked.data
-    if not d.train:
+    if not d.files:
         raise LuthierError("data.train: names no file; say data: FILE in the stage, or beside stages for all of them")
-    for sources, split in ((d.train, d.split), (d.validation, "validation"), (d.general, "train")):
+    for sources, split in ((d.files, d.split), (d.held_out, "validation"), (d.general, "train")):
         for source in sources:
             files_of(source, split)
     for source in (*getattr(run.objective, "ptx_data", ()), *getattr(run.objective, "pairs", ())):
@@ -196,12 +196,15 @@ def _scales(tried: Tried) -> dict[str, Any]:
 def _check_rows(tried: Tried) -> None:
     """The first records are read as the objective wants them. Where they fail, all are read before that is believed."""
     run, base = tried.run, tried.base
-    if tried.stage.asked.objective.renders == "label":
+    if lacks_labels(tried.stage.asked.objective):
         run = replace(run, objective=tried.stage.asked.objective)  # its labels are in the data
     room = min(base.max_positions, base.tokenizer.model_max_length) - getattr(run.method, "shift", 0)
     read = lambda r: read_data(r, base.tokenizer, positions=room, say=lambda _: None, form=form_of(base))  # noqa: E731
     few = min(FIRST, run.data.limit or FIRST)
     try:
-        read(replace(run, data=replace(run.data, limit=few)))
+        mix = run.data.mix
+        if mix is not None:
+            mix = replace(mix, sources={n: replace(s, limit=min(few, s.limit or few)) for n, s in mix.sources.items()})
+        read(replace(run, data=replace(run.data, limit=few, mix=mix)))
     except LuthierError:
         read(run)

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 from .config import completed
+from .errors import ConfigError, LuthierError
+from .mix import Mix
 from .plugins import Plug, Range
 
 
@@ -44,6 +46,8 @@ class Data:
 
     train: tuple[str, ...] = ()
     """Files (.jsonl .json .csv .tsv .parquet .txt; .label .all: label, space, text), folders of these, or Hub data set ids."""
+    mix: Mix | None = None
+    """Several sources instead of train, and how often each is drawn; see docs/mixtures.md."""
     validation: tuple[str, ...] = ()
     """Held-out files. Default: a share of the training rows is held out."""
     validation_share: Annotated[float, Range(0, 0.9)] = 0.05
@@ -72,6 +76,24 @@ class Data:
     """A malformed row stops the run, or is skipped and counted."""
     pack: Literal["auto", "yes", "no"] = "auto"
     """Examples share rows without padding and without seeing one another. auto: where the model was found to allow it."""
+
+    def __post_init__(self) -> None:
+        if self.mix is not None:
+            for name, given in (("train", self.train), ("validation", self.validation), ("columns", self.columns)):
+                if given:
+                    raise LuthierError(
+                        f"{name}: data.mix names its own; say data.mix.sources.NAME.{'files' if name == 'train' else name}, or leave data.mix out"
+                    )
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """All that is trained on, of a mixture too."""
+        return self.train if self.mix is None else self.mix.files
+
+    @property
+    def held_out(self) -> tuple[str, ...]:
+        """All that is named for validation, of a mixture too."""
+        return self.validation if self.mix is None else self.mix.validation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,3 +219,10 @@ class Run:
         """Check and complete, so that Run(method="lora") in Python is what `method: lora` is in a file. Raises ConfigError."""
         for name, value in completed(self).items():
             object.__setattr__(self, name, value)
+        asked = {} if self.data.mix is None else {name: source.objective for name, source in self.data.mix.sources.items()}
+        if asked and hasattr(self.objective, "joined"):
+            object.__setattr__(self, "objective", self.objective.joined(asked))
+        elif named := next((name for name, part in asked.items() if part is not None), None):
+            raise ConfigError(
+                f"data.mix.sources.{named}.objective={asked[named]}: names a part of objective multitask, and the objective is another; set objective=multitask"
+            )

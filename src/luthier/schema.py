@@ -75,8 +75,16 @@ def _value(hint: Any, default: Any = None) -> dict[str, Any]:
     if origin is tuple:
         return {"anyOf": [{"type": "array", "items": _value(args[0])}, _value(args[0])]}
     if origin is dict:
-        return {"type": "object", "additionalProperties": _value(args[1])}
+        _, plug, _ = unwrap(args[1])
+        return {"type": "object", "additionalProperties": _value(args[1]) if plug is None else {"$ref": f"#/properties/{_section(plug)}"}}
     return {"type": _SIMPLE[inner]} | _bounds(bounds)
+
+
+def _section(plug: Plug) -> str:
+    """Where a run has a plug-in of this axis: plug-ins that hold others of their own axis would have no end."""
+    from .run import Run
+
+    return next(name for name, hint in hints(Run).items() if unwrap(hint)[1] == plug)
 
 
 def _bounds(bounds: Range | None) -> dict[str, float]:

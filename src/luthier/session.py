@@ -24,9 +24,11 @@ from safetensors.torch import save_file
 
 from . import __version__, adapter, atomic, build, checkpoint, config, counts, references, remembered, rollouts, vocabulary
 from .anatomy import modules
+from .by_source import Told
 from .core import LuthierError, Row
 from .crafting import choose
 from .data.feed import Batches
+from .data.mixing import Mixture
 from .data.prepare import Prepared
 from .data.rollout import Rollouts
 from .errors import Interrupted
@@ -38,7 +40,7 @@ from .nn.schedule import factor
 from .optim import Optimizer, default_lr, state_for
 from .plugins import kind_of
 from .progress import Reporter
-from .reading import fitted, form_of, read_data
+from .reading import fitted, form_of, order_of, read_data, sections, together
 from .rewards import Judge
 from .rollouts import Watch
 from .run import Run
@@ -119,21 +121,25 @@ class Session:
         self.packed = base.packs and run.data.pack != "no"
         if run.data.pack == "yes" and not base.packs:
             raise LuthierError(f"data.pack: this model ({base.anatomy.family}) was found to leak between examples that share a row; use data.pack=auto")
-        brought = references.bring(
-            self.policy,
-            self.objective,
-            prepared,
-            folder=Path(run.out) / ".references",
-            tokens=run.optim.micro_tokens,
-            packed=self.packed,
-            started=getattr(run.method, "from_", None) is not None,
-            tick=lambda done, of: say.tick("reference log-probabilities", done, of),
-        )
-        if brought:
-            say.note(brought)
+        for _, objective, rows in sections(run, prepared):
+            brought = references.bring(
+                self.policy,
+                objective,
+                rows,
+                folder=Path(run.out) / ".references",
+                tokens=run.optim.micro_tokens,
+                packed=self.packed,
+                started=getattr(run.method, "from_", None) is not None,
+                tick=lambda done, of: say.tick("reference log-probabilities", done, of),
+            )
+            if brought:
+                say.note(brought)
+        if prepared.sources:
+            together(prepared)  # the rows that have them now
         self.judge: Judge | None = None
         self.watch = Watch()
         self.feed = self._feed(run)
+        self.mixture = Told(run, order, self.feed) if isinstance(self.feed, Batches) and isinstance(order := self.feed.order, Mixture) else None
         self.chooses = hasattr(run.method, "candidates")  # nothing is trained: a prompt is chosen
         self.steps = 0 if self.chooses else self.feed.steps
         every = run.evaluate.every_steps or max(1, round(self.steps / 10))
@@ -176,6 +182,7 @@ class Session:
         return Batches(
             self.prepared.train,
             self.objective.collate,
+            order=order_of(run, self.prepared),
             pad=self.base.tokenizer.pad_token_id or 0,
             packed=self.packed,
             batch_tokens=run.optim.batch_tokens,
@@ -227,6 +234,7 @@ class Session:
         p, o = self.progress, self.run.optim
         rate = lambda step: (o.lr or 0.0) * factor(step, self.steps, kind=o.schedule, warmup=self.warmup, floor=o.min_lr)  # noqa: E731
         watch = _Watch(self.optimizer, self._resting)
+        unseen = set(self.objective.terms) if self.objective.renders == "mixed" else set()  # a task's head gets no gradient before its first row
         bad_in_a_row = 0
         loop = train(self.policy, self.objective, self.feed, self.optimizer, lr=rate, steps=self.steps, start=p.step, clip=o.clip, place=self.run.place)
         with _interrupts() as asked, self.say.training(self.steps, p.step) as bar:
@@ -242,7 +250,9 @@ class Session:
                 self._rollouts(step.step, log)
                 bar(step, took)
                 bad_in_a_row = self._non_finite(step, bad_in_a_row)
-                watch.check(step.step, last=step.step == self.steps)
+                unseen -= {k for k, n in step.units.items() if n}
+                if not unseen:
+                    watch.check(step.step, last=step.step == self.steps)
                 last = step.step == self.steps
                 if step.step % (self.run.evaluate.every_steps or 1) == 0 or last:
                     self._evaluate(step, log)
@@ -300,7 +310,7 @@ class Session:
     def _evaluate(self, step: Step, log: Log) -> None:
         p = self.progress
         now = self.scorer.measure(tasks=False)
-        log.write("evaluation", step.step, now.numbers())
+        log.write("evaluation", step.step, now.numbers() | (self.mixture.epochs() if self.mixture is not None else {}))
         p.history.append({"step": step.step, "train": step.loss, **now.numbers()})
         pending = self.policy.delta is not None and self.policy.delta.pending is not None and self.policy.delta.pending()
         worth = _worth(now)
@@ -336,8 +346,9 @@ class Session:
         if self.watch.rollouts and not rollouts.draw(self.watch.rollouts, self.folder / "rollouts.png"):
             self.say.note("matplotlib is not installed (pip install 'luthier[plots]'), so rollouts.png was not drawn; its numbers are in metrics.jsonl")
         facts = {"run": config.plain(self.run), "steps": p.step, "tokens": p.tokens, "seconds": round(p.seconds, 1), "before": p.before, "after": asdict(after)}
-        if self.policy.heads:
-            self.policy.objective = self.objective  # which reads them
+        if self.mixture is not None:
+            facts["mixture"] = {name: asdict(s) for name, s in self.mixture.so_far().items()}
+            self.say.mixture(f"the mixture after {p.step} steps:", self.mixture.so_far())
         extra = {"training": facts, remembered.KEY: remembered.told(self.policy, self.run.model.template)}
         adapter.save(self.policy, self.folder / adapter.writes(self.policy.method), objective=self.objective, extra=extra)
         atomic.as_json(self.folder / "result.json", facts)
@@ -472,7 +483,7 @@ def _state(run: Run, resume: Path | None, accept_changes: bool, say: Reporter) -
 
 
 def _new_folder(run: Run) -> Path:
-    data = Path(run.data.train[0]).stem.replace(" ", "_")[:40] if run.data.train else "data"
+    data = "mix" if run.data.mix is not None else Path(run.data.train[0]).stem.replace(" ", "_")[:40] if run.data.train else "data"
     name = run.name or f"{data}-{kind_of(run.method)}-{datetime.now():%Y%m%d-%H%M%S}"
     folder = Path(run.out) / name
     if folder.exists() and any(folder.iterdir()):

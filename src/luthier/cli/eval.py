@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from ..measure import Mean
     from ..policy import Policy
 
+HEADED = ("label", "ranked")  # how rows are rendered for objectives that answer by a head
+
 
 def command(
     what: Annotated[str, typer.Argument(help="fiddle, a model folder, a Hub id, an adapter or a run's folder.")],
@@ -44,16 +46,17 @@ def command(
     precision: Annotated[str, typer.Option(help="float32, bfloat16, or auto: what this machine does fast.")] = "auto",
     adapter: Annotated[list[str] | None, typer.Option(help="One more adapter on the same base, NAME=FOLDER: a column for each.")] = None,
     use: Annotated[str | None, typer.Option(help="Score only this: a name, default (the first argument's), a+b for a stack, none.")] = None,
+    part: Annotated[str | None, typer.Option(help="Of a model that learned several tasks (objective: multitask): which of them.")] = None,
 ) -> None:
     """Evaluate: every score with its count and a 95 % interval. `luthier eval runs/NAME --data test.jsonl --task bleu`."""
     from ..errors import LuthierError
     from ..opening import load, named
     from ..plugins import plugin
 
-    if prompts and (text or copy_from):
-        raise LuthierError("--prompts answers prompts that have no answers; --text and --copy-from read what they lack")
-    if text and (task or copy_from or output):
-        raise LuthierError("--text measures loss on raw text; --task, --copy-from and --output need prompts and answers")
+    if prompts and (text or copy_from or part):
+        raise LuthierError("--prompts answers prompts that have no answers; --text, --copy-from and --part read what they lack")
+    if text and (task or copy_from or output or part):
+        raise LuthierError("--text measures loss on raw text; --task, --copy-from, --output and --part say what else is wanted")
     if not prompts and (reward or temperature or beginning != 16):
         raise LuthierError("--reward, --temperature and --beginning are of --prompts; say it too")
     if prompts and not (task or reward):
@@ -62,7 +65,9 @@ def command(
     more = named(adapter or [])
     policy = load(what, model=model, precision=precision, adapters=more, use=use or ("none" if more else None))
     serves = list(policy.deltas) if more and use is None else [policy.active]
-    names = [*serves, None] if any(serves) and not alone and not policy.heads else serves  # a head without its delta says nothing
+    goal = _objective(policy, text, part)
+    headed = goal.renders in HEADED
+    names = [*serves, None] if any(serves) and not alone and not headed else serves  # a head without its delta says nothing
     policy.use(max(names, key=lambda n: policy.deltas[n].shift if n in policy.deltas else 0))  # rows are read for the one with the least room
     if prompts:
         how: dict[str, Any] = {"template": template, "columns": _columns(column or []), "beginning": beginning, "rows": rows or 500}
@@ -71,7 +76,6 @@ def command(
         if output is not None:
             output.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in written), encoding="utf-8")
         return _show(scores, as_json)
-    goal = _objective(policy, text)
     goal.serves(policy.base.anatomy.kind)
     if goal.renders == "label":
         if copy_from:
@@ -82,7 +86,7 @@ def command(
             raise LuthierError("--copy-from copies answers, and this model scores them; preferring the longer answer is what to beat")
         tasks = {"preference": plugin("tasks", "preference")()} | tasks
     prepared = _prepare(policy, data, template, goal, _columns(column or []))
-    del prepared.validation_records[rows or (len(prepared.validation) if goal.renders in ("label", "ranked") else 500) :]
+    del prepared.validation_records[rows or (len(prepared.validation) if headed else 500) :]
     columns: dict[str, dict[str, Any]] = {}
     answers: dict[str, list[str]] = {}
     for name in names:
@@ -90,7 +94,7 @@ def command(
         label = _label(name, names, Path(what).name, bool(more))
         columns[label] = _losses(policy, prepared, goal)
         if tasks:
-            answers[label] = _answers(policy, prepared, template, max_new)
+            answers[label] = _answers(policy, goal, prepared, template, max_new)
             columns[label] |= _scores(tasks, prepared, answers[label], seed)
     if goal.renders == "ranked":
         answers["longer"] = _lengths(prepared)
@@ -143,12 +147,13 @@ def _prompted(
     return columns, written
 
 
-def _objective(policy: Policy, text: bool) -> Any:
+def _objective(policy: Policy, text: bool, part: str | None) -> Any:
     """What the data is read for: labels, where the model has a head; else responses; with --text the text itself."""
+    from ..measure import learned
     from ..plugins import plugin
 
-    if policy.heads and not text:
-        return policy.objective
+    if part is not None or (policy.heads and not text):
+        return learned(policy, part)
     return plugin("objectives", "sft" if not text else "text" if policy.base.anatomy.kind == "decoder" else "masked_text")()
 
 
@@ -200,7 +205,7 @@ def _losses(policy: Policy, prepared: Any, objective: Any) -> dict[str, Any]:
     return out
 
 
-def _answers(policy: Policy, prepared: Any, template: str | None, max_new: int) -> list[str]:
+def _answers(policy: Policy, goal: Any, prepared: Any, template: str | None, max_new: int) -> list[str]:
     import sys
 
     from rich.console import Console
@@ -208,8 +213,8 @@ def _answers(policy: Policy, prepared: Any, template: str | None, max_new: int) 
     from ..measure import answer_rows, as_answer, predict, task_rows
     from ..progress import Reporter
 
-    if policy.heads:
-        return [as_answer(said) for said in predict(policy, policy.objective, prepared.validation[: len(prepared.validation_records)])]
+    if goal.renders in HEADED:
+        return [as_answer(said) for said in predict(policy, goal, prepared.validation[: len(prepared.validation_records)])]
     say = Reporter(Console(file=sys.stderr, highlight=False))
     return [a["answer"] for a in answer_rows(policy, task_rows(prepared.validation_records), template=template, max_new=max_new, say=say, label="answering")]
 

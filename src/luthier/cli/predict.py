@@ -35,13 +35,15 @@ def command(
     model: Annotated[str | None, typer.Option(help="The adapter's base, where it is not where the adapter says.")] = None,
     template: Annotated[str | None, typer.Option(help="Chat template of prompts and answers: a name or a .jinja file. Default: the model's own.")] = None,
     precision: Annotated[str, typer.Option(help="float32, bfloat16, or auto: what this machine does fast.")] = "auto",
+    part: Annotated[str | None, typer.Option(help="Of a model that learned several tasks (objective: multitask): which of them.")] = None,
 ) -> None:
     """Predict: `luthier predict runs/NAME texts.txt`, or `echo "a fine film" | luthier predict runs/NAME`."""
     from ..errors import LuthierError
+    from ..measure import learned
     from ..opening import load
 
     policy = load(what, model=model, precision=precision)
-    rewards = getattr(policy.objective, "renders", "") == "ranked"
+    rewards = getattr(learned(policy, part), "renders", "") == "ranked"
     for setting in column or []:
         if not all(setting.partition("=")) or (not rewards and setting.partition("=")[0] not in ("text", "pair")):
             said = "OURS=YOURS, for example completion=answer" if rewards else "text=NAME, or pair=NAME for a second text"
@@ -51,15 +53,15 @@ def command(
     with output.open("w", encoding="utf-8") if output is not None else nullcontext(sys.stdout) as out:
         while some := list(islice(items, WINDOW)):
             if rewards:
-                _write_rewards(policy, some, out, template)
+                _write_rewards(policy, some, out, template, part)
             else:
-                _write(policy, some, out, probabilities)
+                _write(policy, some, out, probabilities, part)
 
 
-def _write_rewards(policy: Any, some: list[Judged], out: Any, template: str | None) -> None:
+def _write_rewards(policy: Any, some: list[Judged], out: Any, template: str | None, part: str | None) -> None:
     from ..measure import rewards
 
-    for item, scores in zip(some, rewards(policy, some, template=template), strict=True):
+    for item, scores in zip(some, rewards(policy, some, template=template, part=part), strict=True):
         line = {"prompt": item.chats[0].messages[: item.prompt], "answers": item.answers(), "rewards": [round(x, 4) for x in scores]}
         out.write(json.dumps(line, ensure_ascii=False) + "\n")
     out.flush()
@@ -84,10 +86,10 @@ def _judged(source: str, columns: dict[str, str]) -> Iterator[Judged]:
         yield from convert_preferences(record, shape, bad, renders="ranked")
 
 
-def _write(policy: Any, some: list[Labelled], out: Any, probabilities: bool) -> None:
+def _write(policy: Any, some: list[Labelled], out: Any, probabilities: bool, part: str | None) -> None:
     from ..measure import predict_texts
 
-    for item, said in zip(some, predict_texts(policy, some), strict=True):
+    for item, said in zip(some, predict_texts(policy, some, part=part), strict=True):
         line: dict[str, Any] = dict(zip(("text", "pair"), item.texts, strict=False)) | {"label": said["label"]}
         for name, wanted in (("probability", True), ("probabilities", probabilities)):
             if wanted and name in said:

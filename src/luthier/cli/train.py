@@ -70,7 +70,7 @@ def command(
 
 def _say_next(run: Run, where: Path, reporter: Reporter) -> None:
     """What to do with what was trained."""
-    if run.objective.renders in ("label", "ranked"):
+    if run.objective.renders in ("label", "ranked") or not getattr(run.objective, "reads_head", True):
         reporter.note(f"try it:      luthier predict {where} FILE    or    luthier eval {where} --data FILE")
     elif run.objective.renders != "masked":
         reporter.note(f'try it:      luthier chat {where}    or    luthier generate {where} --prompt "..."')
@@ -134,10 +134,10 @@ def _count(run: Run, reporter: Reporter) -> None:
     import torch
 
     from .. import build
-    from ..microbatch import with_labels
+    from ..microbatch import lacks_labels, with_labels
 
     run, _ = build.resolve(run)
-    if run.objective.renders == "label" and not run.objective.labels:
+    if lacks_labels(run.objective):
         run = replace(run, objective=with_labels(run.objective))
         reporter.note("the labels are in the data, which is not read here: counted with two of them")
     base = build.load(run.model, precision=run.precision, device=torch.device("meta"), weights=False, trains_base=run.method.edits == "weights")

@@ -47,13 +47,13 @@ def _part(record: Record, shape: Shape, ours: str) -> Any:
     return value
 
 
-def _string(value: Any, what: str) -> str:
+def string(value: Any, what: str) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     if isinstance(value, list) and value and all(isinstance(p, dict) and p.get("type") == "text" for p in value):
-        return "".join(_string(p.get("text", p.get("value")), what) for p in value)
+        return "".join(string(p.get("text", p.get("value")), what) for p in value)
     if isinstance(value, list) and value and all(isinstance(p, dict) and "type" in p for p in value):
         other = next(p["type"] for p in value if p["type"] != "text")
         raise RowError(f"{what} has a part of the type {other!r}; only text is accepted")
@@ -66,9 +66,9 @@ def _kind(value: Any) -> str:
     return {bool: "true or false", list: "a list", dict: "an object"}.get(type(value), f"of the type {type(value).__name__}")
 
 
-def _answer(value: Any, what: str) -> str:
+def answer(value: Any, what: str) -> str:
     """A response. An end marker that the file carries is removed: the renderer ends each turn with the model's own."""
-    text = _string(value, what)
+    text = string(value, what)
     if text.rstrip().endswith(SEPARATOR):
         text = text.rstrip().removesuffix(SEPARATOR)
     if not text.strip():
@@ -77,7 +77,7 @@ def _answer(value: Any, what: str) -> str:
 
 
 def _document(record: Record, shape: Shape) -> Document:
-    text = _string(_part(record, shape, "text"), f"column {shape.columns['text']!r}")
+    text = string(_part(record, shape, "text"), f"column {shape.columns['text']!r}")
     if text.rstrip().endswith(SEPARATOR):
         text = text.rstrip().removesuffix(SEPARATOR)
     if not text.strip():
@@ -87,7 +87,7 @@ def _document(record: Record, shape: Shape) -> Document:
 
 def _system(record: Record, shape: Shape) -> list[dict[str, Any]]:
     value = _part(record, shape, "system")
-    return [{"role": "system", "content": _string(value, "the system prompt")}] if value else []
+    return [{"role": "system", "content": string(value, "the system prompt")}] if value else []
 
 
 def _prompt(record: Record, shape: Shape) -> list[Chat | Document]:
@@ -96,7 +96,7 @@ def _prompt(record: Record, shape: Shape) -> list[Chat | Document]:
     if _is_messages(prompt):
         before, _ = _messages(prompt)
     else:
-        before = [{"role": "user", "content": _string(prompt, p_name)}]
+        before = [{"role": "user", "content": string(prompt, p_name)}]
     before = _system(record, shape) + before
     if _is_messages(completion):
         after, more = _messages(completion)
@@ -108,7 +108,7 @@ def _prompt(record: Record, shape: Shape) -> list[Chat | Document]:
     if not answers:
         raise RowError(f"{c_name} is an empty list: there is nothing to learn from this row")
     given = frozenset(i for i, m in enumerate(before) if m["role"] == "assistant")
-    return [_checked([*before, {"role": "assistant", "content": _answer(a, c_name)}], None, record, given) for a in answers]
+    return [_checked([*before, {"role": "assistant", "content": answer(a, c_name)}], None, record, given) for a in answers]
 
 
 def _is_messages(value: Any) -> bool:
@@ -120,13 +120,13 @@ def _alpaca(record: Record, shape: Shape) -> list[Chat | Document]:
     for i, pair in enumerate(_part(record, shape, "history") or []):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise RowError(f"history[{i}] is not a pair [question, answer]")
-        messages += [{"role": "user", "content": _string(pair[0], f"history[{i}]")}, {"role": "assistant", "content": _answer(pair[1], f"history[{i}]")}]
-    asked = _string(_part(record, shape, "instruction"), f"column {shape.columns['instruction']!r}")
+        messages += [{"role": "user", "content": string(pair[0], f"history[{i}]")}, {"role": "assistant", "content": answer(pair[1], f"history[{i}]")}]
+    asked = string(_part(record, shape, "instruction"), f"column {shape.columns['instruction']!r}")
     given = _part(record, shape, "input")
-    if given is not None and (given := _string(given, f"column {shape.columns['input']!r}")).strip():
+    if given is not None and (given := string(given, f"column {shape.columns['input']!r}")).strip():
         asked = f"{asked}\n{given}" if asked.strip() else given
     messages.append({"role": "user", "content": asked})
-    messages.append({"role": "assistant", "content": _answer(_part(record, shape, "output"), f"column {shape.columns['output']!r}")})
+    messages.append({"role": "assistant", "content": answer(_part(record, shape, "output"), f"column {shape.columns['output']!r}")})
     return [_checked(messages, None, record, frozenset())]
 
 
@@ -160,11 +160,11 @@ def _messages(value: Sequence[Any]) -> tuple[list[dict[str, Any]], set[int]]:
         if given == "function_call":
             message |= {"content": "", "tool_calls": _calls(_parsed(content, f"message {i + 1}"), i)}
         elif m.get("tool_calls"):
-            message |= {"content": _string(content, f"message {i + 1}") if content else "", "tool_calls": _calls(m["tool_calls"], i)}
+            message |= {"content": string(content, f"message {i + 1}") if content else "", "tool_calls": _calls(m["tool_calls"], i)}
         elif role == "assistant":
-            message["content"] = _answer(content, f"message {i + 1} (assistant)")
+            message["content"] = answer(content, f"message {i + 1} (assistant)")
         else:
-            message["content"] = _string(content, f"message {i + 1}")
+            message["content"] = string(content, f"message {i + 1}")
         weight = next((m[k] for k in ("weight", "loss_weight", "train", "training") if m.get(k) is not None), 1)
         if weight not in (0, 1):
             raise RowError(f"message {i + 1} has the weight {weight!r}; 0 (not learned) and 1 (learned) are accepted")

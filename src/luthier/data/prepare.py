@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 
 from ..core import LuthierError, Renders, Row
 from . import labels as labelling
-from . import rankings
+from . import patterns, rankings
 from .answers import Renderer
 from .convert import convert
 from .counting import Say, count, refuse_nothing, say_counts
@@ -41,6 +41,8 @@ class Prepared:
     validation: list[Row]
     validation_records: list[Held]
     facts: dict[str, Any] = field(default_factory=dict)
+    stream: Stream | None = None  # what is trained, where it is read as it is drawn; ``train`` is then empty
+    sources: dict[str, Prepared] = field(default_factory=dict)  # of a mixture: each source by itself; the lists above hold all of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,8 @@ class _Reading:
     say: Say
     progress: Callable[[int], None] | None
     beginning: int
+    patterns: Sequence[patterns.Pair] = ()
+    stream: bool = False
 
 
 def prepare(
@@ -86,11 +90,14 @@ def prepare(
     say: Say = print,
     beginning: int = 16,
     progress: Callable[[int], None] | None = None,
+    templates: Sequence[tuple[str, str]] = (),
+    stream: int | None = None,
 ) -> Prepared:
     """Read, convert, render and divide. ``say`` gets one line for each thing the user should know; ``progress`` the records rendered.
 
     ``form``: what kind of model the rows are for. ``problem`` and ``labels``: for labelled texts, where they are known already. ``beginning``: where the
-    model is to go on from raw text, so many tokens of it are the prompt.
+    model is to go on from raw text, so many tokens of it are the prompt. ``templates``: patterns of prompts and completions; a record gives one row for each,
+    which stay together. ``stream``: hold so many records at a time; the first of them are read here, for what is held out, found and said.
     """
     if not sources:
         raise LuthierError("no training data: set data.train to a file, a folder or a Hub data set id.")
@@ -100,10 +107,17 @@ def prepare(
         renderer=Renderer(tokenizer, template, train_on), renders=renders, form=form, shape=shape, columns=columns or {}, split=split,
         languages=languages, max_tokens=max_tokens,
         over_length=over_length, say=say, progress=progress, beginning=beginning,
+        patterns=[(patterns.Pattern(a), patterns.Pattern(b)) for a, b in templates],
+        stream=stream is not None,
     )  # fmt: skip
     bad, counts = Bad(on_bad_row), Counts()
     facts: dict[str, Any] = {"sources": list(sources), "renders": renders, "template": None, "max_tokens": max_tokens, "over_length": over_length}
-    groups = _groups(_open(sources, how, bad, facts), how, bad, counts, facts, limit)
+    head = limit if stream is None else min(stream, limit or stream)
+    if stream is not None:
+        if renders in PREFERENCES or renders == "prompts":
+            raise LuthierError("stream: answers that are compared are read whole, before the first step; leave stream out for this source")
+        say(f"a stream; of its first {head:,} records:")
+    groups = _groups(_open(sources, how, bad, facts), how, bad, counts, facts, head)
     if not groups:
         refuse_nothing(max_tokens, bad, counts, facts)
     fitted = _number_labels(groups, facts, problem, labels) if renders == "label" else None
@@ -134,7 +148,28 @@ def prepare(
     say_counts(facts, say)
     if renders == "judged":
         train, held_rows = (rankings.with_others(rows, max_tokens=max_tokens, seed=seed) for rows in (train, held_rows))
+    if stream is not None:
+        facts["mean_tokens"] = facts["tokens"] / len(train)
+        return Prepared([], held_rows, records(held), facts, Stream(sources, replace(how, say=lambda _: None), bad, frozenset(held), fitted, limit))
     return Prepared(train, held_rows, records(held), facts)
+
+
+class Stream:
+    """Sources that are read as they are drawn from. What is held out is left out of them wherever it comes again."""
+
+    def __init__(self, sources: Sequence[str], how: _Reading, bad: Bad, held: frozenset[str], fitted: labelling.Labels | None, limit: int | None):
+        self.sources, self.how, self.bad, self.held, self.fitted, self.limit = list(sources), how, bad, held, fitted, limit
+
+    def items(self) -> Iterator[Item]:
+        """Its records from the first one on, in the order of the files."""
+        return islice(_open(self.sources, self.how, self.bad, {}), self.limit)
+
+    def rows(self, items: Sequence[Item]) -> list[Row]:
+        """Some of them rendered; what is held out, and what is too long, gives none."""
+        groups = {k: g for k, g in _groups(iter(items), self.how, self.bad, Counts(), {}, None).items() if k not in self.held}
+        if self.fitted is not None:
+            _renumber(groups, self.fitted, "the labels of the first records of this stream")
+        return [row for g in groups.values() for row in g.rows]
 
 
 # --- labels ---------------------------------------------------------------------------------------------------------
@@ -163,12 +198,19 @@ def _open(sources: Sequence[str], how: _Reading, bad: Bad, facts: dict[str, Any]
     shapes: dict[str, str] = facts.setdefault("shapes", {})
     for source in sources:
         files = files_of(source, split or how.split)
-        opened = [(source, read(source, bad=bad, split=how.split))] if files is None else [(str(f), read_file(f, bad=bad)) for f in files]
+        opened = [(source, read(source, bad=bad, split=how.split, stream=how.stream))] if files is None else [(str(f), read_file(f, bad=bad)) for f in files]
         for name, there in opened:
             there = in_languages(there, how.languages, bad, facts.setdefault("languages", {}))
             first = list(islice(there, LOOK_AT))
             if not first:
                 raise LuthierError(f"{name}: no row in it.")
+            if how.patterns:
+                patterns.check(how.patterns, first, name)
+                shapes[name] = f"{len(how.patterns)} templates"
+                how.say(f"{name}: {shapes[name]}")
+                for record in chain(first, there):
+                    yield from patterns.convert_patterned(record, how.patterns, bad)
+                continue
             shape = _shape(first, name, how)
             shapes[name] = str(shape)
             how.say(f"{name}: {shape}")
@@ -228,13 +270,15 @@ def _beside(sources: Sequence[str], split: str, say: Say) -> list[str]:
 def _groups(items: Iterator[Item], how: _Reading, bad: Bad, counts: Counts, facts: dict[str, Any], limit: int | None) -> dict[str, Group]:
     """Rendered rows by what must not be torn apart: the text of a document, the prompt of a chat."""
     groups: dict[str, Group] = {}
-    seen = 0
+    seen, before = 0, ("", "")
     for item, rows in _rendered(islice(items, limit), how, bad, counts, facts):
         seen += 1
+        if not how.patterns or item.where != before[0]:  # templates ask one record in other words
+            before = item.where, key(item)
         rows = [r for r in rows if how.renders == "prompts" or (r.train if how.renders in ("label", "ranked") else r.train[1:]).any()]
         if not rows:
             continue
-        group = groups.setdefault(key(item), Group())
+        group = groups.setdefault(before[1], Group())
         group.rows += rows
         group.items.append(Document("", item.where) if isinstance(item, Document) else item)  # a document's text is in its rows
     facts["records"] = seen

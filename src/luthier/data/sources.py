@@ -24,11 +24,11 @@ _SPLIT_NAMES = {
 }
 
 
-def read(source: str, *, bad: Bad, split: str = "train") -> Iterator[Record]:
-    """The records of a file, of a folder of files, or of a split of a Hub data set."""
+def read(source: str, *, bad: Bad, split: str = "train", stream: bool = False) -> Iterator[Record]:
+    """The records of a file, of a folder of files, or of a split of a Hub data set. ``stream``: of the latter as they come, without a copy on this machine."""
     files = files_of(source, split)
     if files is None:
-        yield from whole_trees(_hub(source, split), bad)
+        yield from whole_trees(_hub(source, split, stream), bad)
         return
     for path in files:
         yield from read_file(path, bad=bad)
@@ -97,12 +97,12 @@ def _nearest(path: Path) -> str:
     return f" In that folder: {', '.join(names[:8]) or 'no data file'}."
 
 
-def _hub(source: str, split: str) -> Iterator[Record]:
+def _hub(source: str, split: str, stream: bool) -> Iterator[Record]:
     import datasets
 
     name, _, config = source.partition(":")
     try:
-        rows = datasets.load_dataset(name, config or None, split=split)
+        rows = datasets.load_dataset(name, config or None, split=split, streaming=stream)
     except Exception as e:  # every layer below (files, network, scripts) has errors of its own
         raise LuthierError(f"{source}: {_hub_reason(name, split, e)}") from None
     for i, row in enumerate(rows):
