@@ -46,6 +46,7 @@ class Measures:
 
     loss: Mean | None = None  # per trained token (nats) or example of the validation rows
     general: Mean | None = None  # nats per token of general text; of models that are no decoders, per hidden token
+    replayed: Mean | None = None  # the same on held-out rows of what is replayed beside the data
     scores: dict[str, Score] = field(default_factory=dict)
 
     def numbers(self) -> dict[str, float]:
@@ -55,6 +56,8 @@ class Measures:
             out["loss"] = self.loss.value
         if self.general is not None:
             out["general_loss"] = self.general.value
+        if self.replayed is not None:
+            out["replayed_loss"] = self.replayed.value
         for name, s in self.scores.items():
             out |= {name: s.value, f"{name}_low": s.low, f"{name}_high": s.high}
         return out
@@ -63,7 +66,7 @@ class Measures:
     def from_dict(cls, d: dict[str, Any]) -> Measures:
         """From dataclasses.asdict, as a checkpoint keeps it."""
         mean = lambda m: None if m is None else Mean(**m)  # noqa: E731
-        return cls(mean(d.get("loss")), mean(d.get("general")), {k: Score(**s) for k, s in d.get("scores", {}).items()})
+        return cls(mean(d.get("loss")), mean(d.get("general")), mean(d.get("replayed")), {k: Score(**s) for k, s in d.get("scores", {}).items()})
 
 
 Rewarding = Callable[[Sequence[Row]], dict[str, Score]]
@@ -75,6 +78,7 @@ class Scorer:
     def __init__(self, policy: Policy, objective: Objective, prepared: Prepared, run: Run, *, packed: bool, rewarded: Rewarding | None = None):
         """``rewarded``: scores the policy's answers to held-out prompts, of an objective that learns from its own answers."""
         self.policy, self.objective, self.prepared, self.run, self.packed, self.rewarded = policy, objective, prepared, run, packed, rewarded
+        self.replayed: Callable[[], Mean | None] | None = None  # the loss on held-out rows of what a run replays
         answers = objective.renders == "prompts"  # what is held out are prompts, which have no loss
         self.groups = [] if answers else group(prepared.validation, run.optim.micro_tokens, packed)
         self.general: Objective = text_objective.Objective() if policy.base.anatomy.kind == "decoder" else masked_text.Objective()
@@ -86,6 +90,7 @@ class Scorer:
         if self.rewarded is not None and self.prepared.validation:
             out.scores |= self.rewarded(self.prepared.validation[: self.run.evaluate.task_rows])
         if tasks:
+            out.replayed = None if self.replayed is None else self.replayed()
             own = OWN_TASK.get(self.objective.renders) if self.groups else None  # it costs one forward a row
             for kind in dict.fromkeys([*([own] if own else []), *self.run.evaluate.tasks]):
                 out.scores |= self.task(kind, say)

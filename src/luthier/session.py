@@ -22,12 +22,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from . import __version__, adapter, atomic, build, checkpoint, config, counts, references, rollouts, vocabulary
+from . import __version__, adapter, atomic, build, checkpoint, config, counts, forgetting, references, rollouts, vocabulary
 from .anatomy import modules
 from .core import LuthierError, Row
 from .crafting import choose
 from .data.feed import Batches
 from .data.prepare import Prepared
+from .data.replay import Beside
 from .data.rollout import Rollouts
 from .errors import Interrupted
 from .evaluate import Score
@@ -60,6 +61,7 @@ class Result:
     peak_bytes: int
     best_step: int
     stopped: str = ""  # why it ended before its last step
+    replayed: dict[str, float] = field(default_factory=dict)  # tokens of what is replayed, their share, passes over it; empty: nothing is
 
 
 @dataclass
@@ -86,6 +88,7 @@ def execute(run: Run, *, resume: Path | None = None, accept_changes: bool = Fals
     run, notes = build.resolve(run)
     for note in notes:
         say.note(note)
+    forgetting.check(run)
     state = _state(run, resume, accept_changes, say)
     build.seed_everything(run.seed)  # random weights are drawn while the model is made
     base = build.load(run.model, precision=run.precision, device=run.place.device, trains_base=run.method.edits == "weights")
@@ -132,6 +135,7 @@ class Session:
             say.note(brought)
         self.judge: Judge | None = None
         self.watch = Watch()
+        self.against = forgetting.Against.of(run, self.policy, self.objective, prepared.train, packed=self.packed, say=say.note, tick=say.tick)
         self.feed = self._feed(run)
         self.chooses = hasattr(run.method, "candidates")  # nothing is trained: a prompt is chosen
         self.steps = 0 if self.chooses else self.feed.steps
@@ -160,17 +164,22 @@ class Session:
                 precise={f"{p}:weight" for p, m in modules(self.policy.lm) if isinstance(m, torch.nn.Embedding)},
             )
         self.scorer = Scorer(self.policy, self.objective, prepared, self.run, packed=self.packed, rewarded=self._rewarded if self.judge else None)
+        self.scorer.replayed = self.against.held_out
         self.progress = Progress()
         self.why_lr = why
         self.stopped = ""
         self.warned = False
 
-    def _feed(self, run: Run) -> Batches | Rollouts:
+    def _feed(self, run: Run) -> Batches | Beside | Rollouts:
         """The micro-batches: of the data, or of the model's own answers."""
         if "rollouts" in self.objective.needs:
             feed = rollouts.feed_of(run, self.policy, self.prepared, packed=self.packed, say=self.say.note, tick=self.say.tick)
             self.judge = feed.judge  # type: ignore[assignment]
             return feed
+        return self.against.feed(self._batches(run))
+
+    def _batches(self, run: Run) -> Batches:
+        """The micro-batches of the data."""
         return Batches(
             self.prepared.train,
             self.objective.collate,
@@ -223,7 +232,7 @@ class Session:
         rate = lambda step: (o.lr or 0.0) * factor(step, self.steps, kind=o.schedule, warmup=self.warmup, floor=o.min_lr)  # noqa: E731
         watch = _Watch(self.optimizer, self._resting)
         bad_in_a_row = 0
-        loop = train(self.policy, self.objective, self.feed, self.optimizer, lr=rate, steps=self.steps, start=p.step, clip=o.clip, place=self.run.place)
+        loop = train(self.policy, self.against.objective, self.feed, self.optimizer, lr=rate, steps=self.steps, start=p.step, clip=o.clip, place=self.run.place)
         with _interrupts() as asked, self.say.training(self.steps, p.step) as bar:
             while True:
                 began = time.perf_counter()
@@ -231,6 +240,7 @@ class Session:
                 if step is None:
                     break
                 took = time.perf_counter() - began
+                step = replace(step, loss=self.against.own_loss(step.terms, step.loss))
                 p.step, p.seconds, p.tokens = step.step, p.seconds + took, p.tokens + step.tokens
                 if step.step % self.run.log.every_steps == 0 or step.step == self.steps or not step.finite:
                     log.write("train", step.step, _line(step, took))
@@ -324,6 +334,8 @@ class Session:
         if self.watch.rollouts and not rollouts.draw(self.watch.rollouts, self.folder / "rollouts.png"):
             self.say.note("matplotlib is not installed (pip install 'luthier[plots]'), so rollouts.png was not drawn; its numbers are in metrics.jsonl")
         facts = {"run": config.plain(self.run), "steps": p.step, "tokens": p.tokens, "seconds": round(p.seconds, 1), "before": p.before, "after": asdict(after)}
+        if replayed := forgetting.replayed(self.feed):
+            facts["replayed"] = replayed
         adapter.save(self.policy, self.folder / adapter.writes(self.policy.method), objective=self.objective, extra={"training": facts})
         atomic.as_json(self.folder / "result.json", facts)
         return after
@@ -394,7 +406,21 @@ class Session:
         p = self.progress
         before = Measures.from_dict(p.before)
         best = p.best_step if self.run.evaluate.best and p.best_step else p.step
-        return Result(self.folder, artefact, before, after, trained, whole, p.step, p.seconds, p.tokens, peak_bytes(self.run.place.device), best, self.stopped)
+        return Result(
+            self.folder,
+            artefact,
+            before,
+            after,
+            trained,
+            whole,
+            p.step,
+            p.seconds,
+            p.tokens,
+            peak_bytes(self.run.place.device),
+            best,
+            self.stopped,
+            forgetting.replayed(self.feed),
+        )
 
 
 class _Watch:

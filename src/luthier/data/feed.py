@@ -17,6 +17,7 @@ from ..core import Batch, LuthierError, Row
 from .rows import sides, widest
 
 Collate = Callable[..., Batch]  # (rows, *, pad, packed)
+Order = Callable[[np.random.Generator], np.ndarray]
 
 
 class Batches:
@@ -38,7 +39,9 @@ class Batches:
         rank: int = 0,
         size: int = 1,
         device: torch.device | None = None,
+        order: Order | None = None,
     ) -> None:
+        """``order``: the rows of an epoch, drawn with this generator, always equally many; default: all of them, shuffled."""
         if not rows:
             raise LuthierError("there is no row to train on. Check data.train and the counts of dropped rows.")
         self.rows, self.collate, self.pad, self.packed = rows, collate, pad, packed
@@ -47,16 +50,19 @@ class Batches:
         self.sides = np.fromiter((n for r in rows for n in sides(r)), dtype=np.int64, count=2 * len(rows)).reshape(-1, 2)
         self.lengths = self.sides.sum(1)
         self.widest = np.array([widest(r) for r in rows], dtype=np.int64)
-        self.total_rows = None if steps is not None else max(1, round(epochs * len(rows)))
+        self.order = order
         self.epoch, self.offset, self.step = 0, 0, 0  # where the next step begins
+        self.taken = 0  # tokens of the last step, over all ranks
         self._order, self._sums = self._plan(0)
+        self.total_rows = None if steps is not None else max(1, round(epochs * len(self._order)))
         self.steps: int = steps if steps is not None else self._count()
 
     # --- the plan ---
 
     def _plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The order of the rows in an epoch, and the tokens before each place in it."""
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
+        chance = np.random.default_rng([self.seed, epoch])
+        order = chance.permutation(len(self.rows)) if self.order is None else self.order(chance)
         return order, np.concatenate([[0], np.cumsum(self.lengths[order])])
 
     def _end(self, sums: np.ndarray, offset: int, budget: int) -> int:
@@ -109,7 +115,11 @@ class Batches:
             raise StopIteration
         parts, self.epoch, self.offset, self._order, self._sums = self._take(self.epoch, self.offset, self._order, self._sums)
         self.step += 1
-        chosen = np.concatenate(parts)
+        return self._dealt(np.concatenate(parts))
+
+    def _dealt(self, chosen: np.ndarray) -> list[Batch]:
+        """This rank's micro-batches of (epoch, row) pairs."""
+        self.taken = int(self.lengths[chosen[:, 1]].sum())
         batches = [self.collate(rows, pad=self.pad, packed=self.packed) for rows in self._mine(chosen)]
         return batches if self.device is None else [b.to(self.device) for b in batches]
 
@@ -146,7 +156,7 @@ class Batches:
 
     def _fingerprint(self) -> dict[str, Any]:
         return {
-            "rows": len(self.rows),
+            "rows": len(self._order),
             "tokens": int(self.lengths.sum()),
             "seed": self.seed,
             "batch_tokens": None if self.batch_examples is not None else self.batch_tokens,
