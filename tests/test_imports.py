@@ -88,6 +88,7 @@ LAW: dict[str, set[str]] = {
     "replaying": {"atomic", "core", "data", "objectives", "policy", "reading", "references", "run"},
     "keeping": {"core", "data", "nn", "policy"},
     "l2sp": {"core", "lowrank", "plugins", "policy", "site"},
+    "difficulty": {"core", "data", "plugins", "policy", "references", "run"},
     "forgetting": {"core", "data", "evaluate", "keeping", "l2sp", "measure", "plugins", "policy", "replaying", "run", "voices"},
     "endpoint": set(),
     "judging": {"data", "endpoint", "evaluate", "nn"},

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from . import __version__, adapter, atomic, build, checkpoint, config, counts, forgetting, references, rollouts, vocabulary
+from . import __version__, adapter, atomic, build, checkpoint, config, counts, difficulty, forgetting, references, rollouts, vocabulary
 from .anatomy import modules
 from .core import LuthierError, Row
 from .crafting import choose
@@ -89,6 +89,7 @@ def execute(run: Run, *, resume: Path | None = None, accept_changes: bool = Fals
     for note in notes:
         say.note(note)
     forgetting.check(run)
+    difficulty.check(run)
     state = _state(run, resume, accept_changes, say)
     build.seed_everything(run.seed)  # random weights are drawn while the model is made
     base = build.load(run.model, precision=run.precision, device=run.place.device, trains_base=run.method.edits == "weights")
@@ -135,6 +136,8 @@ class Session:
             say.note(brought)
         self.judge: Judge | None = None
         self.watch = Watch()
+        tick = lambda done, of: self.say.tick("difficulty of rows", done, of)  # noqa: E731
+        self.drawn = difficulty.drawn(run, self.policy, prepared, packed=self.packed, say=say.note, tick=tick)
         self.against = forgetting.Against.of(run, self.policy, self.objective, prepared.train, packed=self.packed, say=say.note, tick=say.tick)
         self.feed = self._feed(run)
         self.chooses = hasattr(run.method, "candidates")  # nothing is trained: a prompt is chosen
@@ -193,6 +196,7 @@ class Session:
             seed=run.seed,
             rank=run.place.rank,
             size=run.place.size,
+            order=None if self.drawn is None else self.drawn.order,
         )
 
     # --- the run, top to bottom ---------------------------------------------------------------------------------------
