@@ -4,7 +4,8 @@ Difficulty is the base's mean -log p over a row's trained tokens, given what pre
 trivial rows (the base writes them already) and broken ones (noise, another language, a wrong column) are listed with three examples each; and the hardest of
 the others are drawn more often, because uniform drawing lets the many easy rows fill the steps. A high loss is no merit in itself: mislabelled rows are hard as
 well, which is why those far out are called broken and are no hard ones (Swayamdipta et al., 2020, arXiv 2009.10795, tell such regions apart by training
-dynamics; here one forward of the base has to do). The values are those of `references`, on disk beside them by the content of each row and the fingerprint of the base.
+dynamics; here one forward of the base has to do). The values are those of `references`, on disk beside them by the content of each row and the fingerprint of
+the base.
 """
 
 from __future__ import annotations

@@ -215,7 +215,7 @@ def rows_of(before: Measures, after: Measures) -> dict[str, tuple[str, str]]:
     for name, a, b in (
         ("held-out loss", before.loss, after.loss),
         ("loss on general text", before.general, after.general),
-        ("loss on replayed text, held out", before.replayed, after.replayed),
+        ("loss on replayed text", before.replayed, after.replayed),
     ):
         if a is not None and b is not None:
             out[name] = (f"{a.value:.4f}", f"{b.value:.4f}  n={b.n:,} {b.unit}")

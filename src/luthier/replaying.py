@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from .data.prepare import Prepared
 from .data.replay import SEED
 from .data.shapes import LOOK_AT, detect
 from .data.sources import files_of
+from .data.sources import read as open_records
 from .objectives import masked_text, sft
 from .objectives import text as text_objective
 from .policy import Policy
@@ -86,6 +88,11 @@ def text_of(run: Run, policy: Policy, trained: list[Row], *, packed: bool, folde
     learner: Objective = text_objective.Objective() if kind == "decoder" else masked_text.Objective()
     out = Text(learner, [], [], length)
     files = tuple(s for s in run.data.replay.source if s != SELF)
+    for source in files:
+        try:
+            files_of(source, run.data.split)
+        except LuthierError as e:
+            raise LuthierError(f"data.replay.source: {e}") from None
     chats = tuple(s for s in files if kind == "decoder" and not is_text(s, run.data.split))
     for some, how in ((chats, sft.Objective()), (tuple(s for s in files if s not in chats), learner)):
         if some:
@@ -111,10 +118,6 @@ def _prefixed(say: Say) -> Say:
 
 def is_text(source: str, split: str) -> bool:
     """Whether a source holds raw text rather than conversations; a Hub data set is taken for text where its first records are."""
-    from itertools import islice
-
-    from .data.sources import read as open_records
-
     bad = Bad("stop")
     files = files_of(source, split)
     records = open_records(source, bad=bad, split=split) if files is None else read_file(files[0], bad=bad)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 from .config import completed
-from .errors import ConfigError
+from .errors import LuthierError
 from .plugins import Plug, Range
 
 
@@ -66,17 +66,17 @@ class Replay:
         if not self.source:
             for name in ("share", "weight", "row_tokens", "self_rows", "self_tokens"):
                 if getattr(self, name) is not None:
-                    raise ConfigError(f"{name}: nothing is replayed, so this does nothing; name general text in data.replay.source, or self")
+                    raise LuthierError(f"{name}: nothing is replayed, so this does nothing; name general text in data.replay.source, or self")
         if "self" not in self.source:
             for name in ("self_rows", "self_tokens"):
                 if getattr(self, name) is not None:
-                    raise ConfigError(f"{name}: the base writes no text here, so this does nothing; set data.replay.source=self, or leave it out")
+                    raise LuthierError(f"{name}: the base writes no text here, so this does nothing; set data.replay.source=self, or leave it out")
         if self.kl_on is not None and not self.kl:
-            raise ConfigError("kl_on: there is no divergence to take, so this does nothing; set data.replay.kl, for example 0.1, or leave it out")
+            raise LuthierError("kl_on: there is no divergence to take, so this does nothing; set data.replay.kl, for example 0.1, or leave it out")
         if self.kl_on == "replay" and not self.source:
-            raise ConfigError("kl_on: nothing is replayed; name general text in data.replay.source, or self, or set kl_on: trained")
+            raise LuthierError("kl_on: nothing is replayed; name general text in data.replay.source, or self, or set kl_on: trained")
         if self.weight == 0 and not (self.kl and self.kl_on != "trained"):
-            raise ConfigError("weight: found 0, so what is replayed would teach nothing; set kl to hold the model on it, or leave weight out")
+            raise LuthierError("weight: found 0, so what is replayed would teach nothing; set kl to hold the model on it, or leave weight out")
         if self.source and self.share is None:
             object.__setattr__(self, "share", 0.05)
         if self.kl and self.kl_on is None:
@@ -109,7 +109,7 @@ class Sample:
         for by, names in own.items():
             for name in names:
                 if self.by != by and getattr(self, name) not in (None, ()):
-                    raise ConfigError(f"{name}: is of data.sample.by={by}, and by is {self.by or 'not given'}; set it, or leave {name} out")
+                    raise LuthierError(f"{name}: is of data.sample.by={by}, and by is {self.by or 'not given'}; set it, or leave {name} out")
         defaults = {"balance": 1.0} if self.by == "label" else {"hard": 0.3, "hardest": 0.2, "trivial": 0.1, "broken": 3.0} if self.by else {}
         for name, value in defaults.items():
             if getattr(self, name) is None:
