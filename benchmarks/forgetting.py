@@ -1,6 +1,6 @@
 """``python -m benchmarks.forgetting``: what is forgotten with and without replay, and what replay costs on the target.
 
-Resumable: a run that has its file is not run again. fiddle, all of its weights trained hard on restaurant data to text (E2E, Novikova et al., 2017): 40 steps of
+Resumable: a run that has its file is not run again. fiddle, all its weights trained hard on restaurant data to text (E2E, Novikova et al., 2017): 40 steps of
 4,096 tokens at learning rate 3e-3, about seven times the default. Beside the data: nothing, general text of a share of 5 to 50 % of a step's tokens, text
 that fiddle wrote itself, KL to what it was, decay towards where it started. Every run measures the loss on held-out E2E rows and on general text that no run
 replays: other books, and the text that ships with the program. Three seeds. Every run is a process of its own, on one thread. Needs LUTHIER_DATA.
