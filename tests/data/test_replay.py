@@ -65,9 +65,12 @@ def test_every_pass_over_the_text_has_an_order_of_its_own_and_all_of_its_rows():
     times = Counter(w for step in f for w in replayed(step))
     assert f.passes > 3 and set(times) == {r.where for r in TEXT}
     assert max(times.values()) - min(times.values()) <= 1
-    first, second = (f.replayed._plan(e)[0].tolist() for e in range(2))
-    assert first != second and sorted(first) == sorted(second)
-    assert first[:5] != Batches(TEXT, next_token_batch, pad=0, steps=1, seed=3)._plan(0)[0].tolist()[:5], "not the order of the data"
+    even = [Row(np.arange(20, dtype=np.int32), np.arange(20) > 0, f"e{i}") for i in range(11)]
+    order = [w for step in feed(0.2, batch_tokens=60, steps=60, text=even) for w in replayed(step)]  # one row a step at most
+    first, second = order[:11], order[11:22]
+    assert sorted(first) == sorted(second) == sorted(r.where for r in even) and first != second
+    main = Batches(even, next_token_batch, pad=0, steps=1, batch_examples=11, seed=3)
+    assert [even[i].where for i in main._plan(0)[0]] != first, "not the order of data of as many rows"
 
 
 @pytest.mark.parametrize("at", [1, 7, 23])
