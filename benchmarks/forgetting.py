@@ -9,6 +9,7 @@ replays: other books, and the text that ships with the program. Three seeds. Eve
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import shutil
@@ -106,8 +107,10 @@ def texts(corpus: Path) -> tuple[Path, Path]:
     WORK.mkdir(parents=True, exist_ok=True)
     replayed, measured = WORK / "replayed.txt", WORK / "measured.txt"
     if not measured.is_file():
-        replayed.write_text("\n<|endoftext|>\n".join(_slice(corpus / name, SLICE) for name in GENERAL), encoding="utf-8")
-        measured.write_text(_slice(corpus / OTHER, MEASURED), encoding="utf-8")
+        sys.path.insert(0, str(ROOT / "scripts"))
+        tidy = importlib.import_module("fiddle_corpus").tidy  # plain punctuation, as fiddle was pretrained on
+        replayed.write_text("\n<|endoftext|>\n".join(tidy(_slice(corpus / name, SLICE)) for name in GENERAL), encoding="utf-8")
+        measured.write_text(tidy(_slice(corpus / OTHER, MEASURED)), encoding="utf-8")
     return replayed, measured
 
 

@@ -121,6 +121,14 @@ def test_the_divergence_holds_the_model_back(home, tmp_path):
     assert change(decayed) < 0.5 * change(free)
 
 
+def test_a_run_that_starts_from_a_delta_is_held_to_that_and_decays_towards_it(home, tmp_path):
+    first = execute(run_of(home, tmp_path / "a"), reporter=QUIET)
+    held = "data.replay={kl: 0.5, l2sp: 0.01}"
+    second = execute(run_of(home, tmp_path / "b", f"method={{kind: lora, from: {first.artefact}}}", held, "optim.steps=2"), reporter=QUIET)
+    steps = [json.loads(x) for x in (second.folder / "metrics.jsonl").read_text().splitlines() if '"train"' in x]
+    assert steps[0]["loss_kl"] < 1e-6 < steps[1]["loss_kl"] and steps[0]["penalty"] < 1e-6 < steps[1]["penalty"]
+
+
 # --- what the base writes itself ------------------------------------------------------------------------------------------
 
 

@@ -158,7 +158,8 @@ def test_given_weights_keep_their_ratios_and_are_not_scaled_twice():
     weights = once.class_weights
     assert weights["bad"] / weights["good"] == pytest.approx(3, rel=1e-5)
     assert sum(weights[n] * c for n, c in COUNTS.items()) == pytest.approx(60, rel=1e-4)
-    assert weighted(weights).class_weights == weights, "a run that is resumed reads back what it wrote down"
+    for asked in (weights, weighted({"bad": 2.4, "fair": 4.7, "good": 3.7}).class_weights):  # the second would be rounded anew
+        assert weighted(asked).class_weights == asked, "a run that is resumed reads back what it wrote down"
 
 
 @pytest.mark.parametrize("family", ["llama", "bert"])
