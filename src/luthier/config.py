@@ -250,7 +250,7 @@ class _Reader:
             options = [a for a in typing.get_args(inner) if a is not type(None)]
             if value is None and len(options) < len(typing.get_args(inner)):
                 return None
-            inner = options[0]
+            inner = next((o for o in options if (typing.get_origin(o) is dict) == isinstance(value, Mapping)), options[0])
         origin, args = typing.get_origin(inner), typing.get_args(inner)
         if dataclasses.is_dataclass(inner):
             return self.fields(inner, value, path)  # type: ignore[arg-type]

@@ -177,7 +177,7 @@ def inputs_of(run: Run) -> Hashes:
 
 def _data(run: Run) -> Iterator[Path]:
     d = run.data
-    for sources, split in ((d.files, d.split), (d.held_out, "validation"), (d.general, "train")):
+    for sources, split in ((d.files, d.split), (d.held_out, "validation"), (d.general, "train"), (d.replay.source, d.split)):
         for source in sources:
             with suppress(LuthierError):
                 yield from files_of(source, split) or ()

@@ -48,6 +48,7 @@ class Measures:
 
     loss: Mean | None = None  # per trained token (nats) or example of the validation rows
     general: Mean | None = None  # nats per token of general text; of models that are no decoders, per hidden token
+    replayed: Mean | None = None  # the same on held-out rows of what is replayed beside the data
     scores: dict[str, Score] = field(default_factory=dict)  # of a mixture SOURCE/SCORE, and SCORE for their average
     sources: dict[str, Mean] = field(default_factory=dict)  # of a mixture: the loss of each source on its own held-out rows
 
@@ -63,6 +64,8 @@ class Measures:
             out["loss"] = self.loss.value
         if self.general is not None:
             out["general_loss"] = self.general.value
+        if self.replayed is not None:
+            out["replayed_loss"] = self.replayed.value
         if self.average is not None:
             out |= {"average_loss": self.average} | {f"{name}/loss": m.value for name, m in self.sources.items()}
         for name, s in self.scores.items():
@@ -74,7 +77,8 @@ class Measures:
         """From dataclasses.asdict, as a checkpoint keeps it."""
         mean = lambda m: None if m is None else Mean(**m)  # noqa: E731
         scores = {k: Score(**s) for k, s in d.get("scores", {}).items()}
-        return cls(mean(d.get("loss")), mean(d.get("general")), scores, {k: Mean(**m) for k, m in d.get("sources", {}).items()})
+        sources = {k: Mean(**m) for k, m in d.get("sources", {}).items()}
+        return cls(mean(d.get("loss")), mean(d.get("general")), mean(d.get("replayed")), scores, sources)
 
 
 Rewarding = Callable[[Sequence[Row]], dict[str, Score]]
@@ -86,6 +90,7 @@ class Scorer:
     def __init__(self, policy: Policy, objective: Objective, prepared: Prepared, run: Run, *, packed: bool, rewarded: Rewarding | None = None):
         """``rewarded``: scores the policy's answers to held-out prompts, of an objective that learns from its own answers."""
         self.policy, self.objective, self.prepared, self.run, self.packed, self.rewarded = policy, objective, prepared, run, packed, rewarded
+        self.replayed: Callable[[], Mean | None] | None = None  # the loss on held-out rows of what a run replays
         answers = objective.renders == "prompts"  # what is held out are prompts, which have no loss
         self.sources = {name: Scorer(policy, goal, rows, own, packed=packed) for name, goal, rows, own in by_source.runs_of(run, prepared)}
         self.groups = [] if answers or self.sources else group(prepared.validation, run.optim.micro_tokens, packed)
@@ -95,6 +100,8 @@ class Scorer:
     def measure(self, *, tasks: bool, say: Any = None) -> Measures:
         """Held-out and general loss; with ``tasks`` the run's tasks too."""
         out = Measures(self._loss(self.objective, self.groups), self._loss(self.general, self.general_groups))
+        if tasks and self.replayed is not None:
+            out.replayed = self.replayed()
         if self.sources:
             self._measure_sources(out, tasks, say)
             return out

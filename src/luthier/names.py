@@ -46,6 +46,8 @@ _OURS_THEIRS = {
     "optim.beta1": "adam_beta1 adam_beta",
     "optim.beta2": "adam_beta2",
     "optim.eps": "adam_epsilon adam_eps epsilon",
+    "objective.class_weights": "class_weight label_weights loss_weights",
+    "data.replay": "replay_dataset rehearsal replay_buffer experience_replay pt_dataset",
     "objective.loss_kind": "pref_loss dpo_loss_type",
     "objective.centre": "center_rewards_coefficient",
     "objective.beta": "pref_beta",

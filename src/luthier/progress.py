@@ -35,6 +35,7 @@ class Reporter:
         self.console = console or Console(stderr=False, quiet=quiet, highlight=False, soft_wrap=not sys.stdout.isatty())
         self.bar: Progress | None = None
         self._ticked = self._rolled = 0.0
+        self._what, self._since = "", (0.0, 0)  # what is measured, and from when
 
     def note(self, text: str) -> None:
         """One fact."""
@@ -141,10 +142,14 @@ class Reporter:
     def tick(self, label: str, done: int, total: int) -> None:
         """Progress of a long measurement."""
         now = time.perf_counter()
+        if label != self._what:
+            self._what, self._since = label, (now, done)
+        began, first = self._since
         if done < total and now - self._ticked < LINE_EVERY:
             return
         if now - self._ticked >= LINE_EVERY or self._ticked == 0.0:
-            self.note(f"{label}: {done} of {total} done")
+            left = f", left {clock((now - began) / (done - first) * (total - done))}" if first < done < total else ""
+            self.note(f"{label}: {done} of {total} done{left}")
             self._ticked = now
 
     def rollout(self, facts: dict[str, Any]) -> None:
@@ -210,6 +215,10 @@ class Reporter:
         self.note(
             f"{r.trained:,} of {r.total:,} parameters trained ({r.trained / r.total:.3%}); {r.steps} steps, {r.tokens:,} tokens, {clock(r.seconds)}{speed}"
         )
+        if r.replayed:
+            self.note(
+                f"replayed {r.replayed['tokens']:,} tokens, {r.replayed['share']:.1%} of all tokens learned, {r.replayed['passes']:.2f} passes over that text"
+            )
         self.note(f"peak memory {r.peak_bytes / 1e9:.2f} GB; weights of step {r.best_step}")
         self.head(f"saved, read back and compared: {r.artefact}")
 
@@ -217,7 +226,11 @@ class Reporter:
 def rows_of(before: Measures, after: Measures) -> dict[str, tuple[str, str]]:
     """Rows of the before/after table: name -> two texts."""
     out: dict[str, tuple[str, str]] = {}
-    for name, a, b in (("held-out loss", before.loss, after.loss), ("loss on general text", before.general, after.general)):
+    for name, a, b in (
+        ("held-out loss", before.loss, after.loss),
+        ("loss on general text", before.general, after.general),
+        ("loss on replayed text", before.replayed, after.replayed),
+    ):
         if a is not None and b is not None:
             out[name] = (f"{a.value:.4f}", f"{b.value:.4f}  n={b.n:,} {b.unit}")
         if name == "held-out loss" and before.average is not None and after.average is not None:
@@ -250,5 +263,7 @@ def _sentence(m: Measures) -> str:
         parts.append(f"general text {m.general.value:.4f}")
     if m.sources:
         parts.append("by source: " + " ".join(f"{name} {one.value:.3f}" for name, one in m.sources.items()))
+    if m.replayed is not None:
+        parts.append(f"replayed text {m.replayed.value:.4f}")
     parts += [f"{name} {s}" for name, s in m.scores.items()]
     return ", ".join(parts) or "nothing to measure"

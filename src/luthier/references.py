@@ -42,26 +42,39 @@ def bring(
     """
     if "reference" not in objective.needs:
         return ""
-    trains_base = policy.method is not None and policy.method.edits == "weights" and not getattr(policy.method, "reversible", False)
+    trains_base = _trains_base(policy)
     if objective.reference == "live":
         if trains_base or started:
             what = "starts from a saved delta, which it then changes" if started else "trains the base's own weights"
             raise Incompatible(f"objective.reference=live: this run {what}, so its reference is gone after the first step; set objective.reference=cached")
         return ""
     rows = [*prepared.train, *prepared.validation]
-    where = _place(policy, folder, started)
+    known, said = known_logps(policy, [e for r in rows for e in examples_of(r)], folder=folder, tokens=tokens, packed=packed, started=started, tick=tick)
+    fill = lambda r: replace(r, extras={**r.extras, "reference": np.array([known[digest(e)] for e in examples_of(r)], dtype=np.float32)})  # noqa: E731
+    prepared.train[:], prepared.validation[:] = [fill(r) for r in prepared.train], [fill(r) for r in prepared.validation]
+    return f"reference log-probabilities of {said}"
+
+
+def known_logps(
+    policy: Policy, examples: Sequence[Row], *, folder: Path, tokens: int, packed: bool, started: bool, tick: Tick | None = None
+) -> tuple[dict[bytes, float], str]:
+    """Log-probability of each example's trained tokens before training, by `digest`, from disk where it is known; and how many were, in words."""
+    which = identity(policy, started)
+    where = None if which is None else folder / which
     known = _read(where)
-    examples = {digest(e): e for r in rows for e in examples_of(r)}
-    missing = {k: e for k, e in examples.items() if k not in known}
+    wanted = {digest(e): e for e in examples}
+    missing = {k: e for k, e in wanted.items() if k not in known}
     if missing:
-        with _as_it_was(policy, as_it_stands=trains_base or started):
+        with as_it_was(policy, started):
             known |= dict(zip(missing, logps(policy, list(missing.values()), tokens=tokens, packed=packed, tick=tick), strict=True))
         if where is not None:
             _write(where, known)
-    fill = lambda r: replace(r, extras={**r.extras, "reference": np.array([known[digest(e)] for e in examples_of(r)], dtype=np.float32)})  # noqa: E731
-    prepared.train[:], prepared.validation[:] = [fill(r) for r in prepared.train], [fill(r) for r in prepared.validation]
     kept = f", kept in {where}" if where is not None else ""
-    return f"reference log-probabilities of {len(examples):,} answers: {len(examples) - len(missing):,} known, {len(missing):,} computed{kept}"
+    return known, f"{len(wanted):,} answers: {len(wanted) - len(missing):,} known, {len(missing):,} computed{kept}"
+
+
+def _trains_base(policy: Policy) -> bool:
+    return policy.method is not None and policy.method.edits == "weights" and not getattr(policy.method, "reversible", False)
 
 
 def digest(example: Row) -> bytes:
@@ -90,9 +103,9 @@ def logps(policy: Policy, examples: Sequence[Row], *, tokens: int, packed: bool,
 
 
 @contextmanager
-def _as_it_was(policy: Policy, *, as_it_stands: bool) -> Iterator[None]:
-    """The reference: the policy as it stands before training, or the base with the delta off."""
-    if not as_it_stands:
+def as_it_was(policy: Policy, started: bool) -> Iterator[None]:
+    """What the policy is before the first step: as it stands where training ``started`` from a delta or is of the base itself, else the base, the delta off."""
+    if not (started or _trains_base(policy)):
         with policy.reference():
             yield
         return
@@ -107,13 +120,13 @@ def _as_it_was(policy: Policy, *, as_it_stands: bool) -> Iterator[None]:
 # --- on disk ---------------------------------------------------------------------------------------------------------
 
 
-def _place(policy: Policy, folder: Path, started: bool) -> Path | None:
-    """The folder of this reference's values; None for a base that has no hash."""
+def identity(policy: Policy, started: bool) -> str | None:
+    """A name for what the policy is before training: base, storage, added tokens, the delta it starts from. None for a base that has no hash."""
     if not policy.base.hash:
         return None
     if started:
         assert policy.delta is not None
-    return folder / _hash(policy, [policy.delta] if started and policy.delta is not None else [])
+    return _hash(policy, [policy.delta] if started and policy.delta is not None else [])
 
 
 def fingerprint(policy: Policy) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import adapter, build, references, vocabulary
+from . import adapter, build, difficulty, forgetting, references, vocabulary
 from .core import Base, LuthierError
 from .data.prepare import Prepared
 from .data.sources import files_of
@@ -137,7 +137,7 @@ def _check_files(stage: Stage) -> None:
     for sources, split in ((d.files, d.split), (d.held_out, "validation"), (d.general, "train")):
         for source in sources:
             files_of(source, split)
-    for source in (*getattr(run.objective, "ptx_data", ()), *getattr(run.objective, "pairs", ())):
+    for source in (*getattr(run.objective, "ptx_data", ()), *getattr(run.objective, "pairs", ()), *(s for s in d.replay.source if s != "self")):
         files_of(source)
     for name in _scored_by(run):
         if is_path(name) and not name.startswith(PREFIX) and not any(Path(n).expanduser().exists() for n in (name, name.rpartition(":")[0]) if n):
@@ -162,6 +162,8 @@ def _check_start(stages: Stages, tried: Tried, made: Made) -> None:
     stage, run, base = tried.stage, tried.run, tried.base
     if serves := getattr(run.objective, "serves", None):
         serves(form_of(base).kind)
+    forgetting.check(run)
+    difficulty.check(run)
     if base.tokenizer is None:
         build.load_tokenizer(run.model)  # says what is missing
     started = getattr(run.method, "from_", None) is not None

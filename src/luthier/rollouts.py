@@ -13,7 +13,6 @@ import numpy as np
 
 from . import voices
 from .core import Answer, LuthierError, Row
-from .data.feed import Batches
 from .data.prepare import Prepared
 from .data.render import stop_ids
 from .data.rollout import Rollouts, Sampling, read, sample
@@ -21,9 +20,8 @@ from .decoding import cache_tokens
 from .evaluate import Score
 from .nn import intervals
 from .nn.rewarded import divergence
-from .objectives import text as text_objective
 from .policy import Policy
-from .reading import form_of, read_data
+from .replaying import steady
 from .rewards import Judge, proven
 from .run import Run
 
@@ -53,7 +51,7 @@ def feed_of(run: Run, policy: Policy, prepared: Prepared, *, packed: bool, say: 
         epochs=run.optim.epochs,
         steps=run.optim.steps,
         seed=run.seed,
-        beside=_text(run, policy, packed=packed, say=say) if getattr(objective, "ptx", 0) else None,
+        beside=steady(run, policy, tuple(objective.ptx_data), objective.ptx_tokens, packed=packed, say=say) if getattr(objective, "ptx", 0) else None,
         tick=tick,
     )
 
@@ -88,24 +86,6 @@ def _listed(words: Sequence[str]) -> str:
 
 def _megabytes(n: int) -> str:
     return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
-
-
-def _text(run: Run, policy: Policy, *, packed: bool, say: Say) -> Batches:
-    """The text that PPO-ptx learns beside the rewards."""
-    objective: Any = run.objective
-    of_text = text_objective.Objective()
-    data = replace(run.data, train=tuple(objective.ptx_data), validation=(), validation_share=0.0, shape="auto", columns={}, limit=None, over_length="truncate")
-    prepared = read_data(replace(run, objective=of_text, data=data), policy.base.tokenizer, positions=policy.limit, say=say, form=form_of(policy.base))
-    return Batches(
-        prepared.train,
-        of_text.collate,
-        pad=policy.pad,
-        packed=packed,
-        batch_tokens=objective.ptx_tokens,
-        micro_tokens=run.optim.micro_tokens,
-        steps=10**9,
-        seed=run.seed,
-    )
 
 
 # --- held-out prompts ------------------------------------------------------------------------------------------------

@@ -39,6 +39,85 @@ class Model:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Replay:
+    """What keeps a model from forgetting: other text learned beside the data, and pulls towards what it was before training."""
+
+    shorthand: ClassVar[str] = "source"
+
+    source: tuple[str, ...] = ()
+    """General text or conversations learned beside the data: files, folders or Hub data set ids; self: text that the base itself writes before training."""
+    share: Annotated[float | None, Range(0, 0.9, low_open=True)] = None
+    """Share of the tokens of a step that is replayed, on top of the data's own. Default: 0.05 where source is named."""
+    weight: Annotated[float | None, Range(0)] = None
+    """Weight of the mean loss of the replayed tokens beside the objective's. Default: share / (1 - share), so that all tokens of a step count alike."""
+    row_tokens: Annotated[int | None, Range(8)] = None
+    """Longest piece that replayed raw text is cut to. Default: what a step replays, at least 64, so that every step gets some."""
+    self_rows: Annotated[int | None, Range(2)] = None
+    """Texts that the base writes where source is self. Default: 512."""
+    self_tokens: Annotated[int | None, Range(8)] = None
+    """Tokens of each at most. Default: 128."""
+    kl: Annotated[float, Range(0)] = 0.0
+    """Weight of the divergence KL(before || now) of the next token's distribution from what it was before training, in nats a token; 0: none."""
+    kl_on: Literal["replay", "trained"] | None = None
+    """Tokens at which it is taken: the replayed ones, or those that the objective trains. Default: replay where source is named."""
+    l2sp: Annotated[float, Range(0)] = 0.0
+    """Half of this times the squared distance of the trained weights from where they started is added to the loss; 0: none."""
+
+    def __post_init__(self) -> None:
+        if not self.source:
+            for name in ("share", "weight", "row_tokens", "self_rows", "self_tokens"):
+                if getattr(self, name) is not None:
+                    raise LuthierError(f"{name}: nothing is replayed, so this does nothing; name general text in data.replay.source, or self")
+        if "self" not in self.source:
+            for name in ("self_rows", "self_tokens"):
+                if getattr(self, name) is not None:
+                    raise LuthierError(f"{name}: the base writes no text here, so this does nothing; set data.replay.source=self, or leave it out")
+        if self.kl_on is not None and not self.kl:
+            raise LuthierError("kl_on: there is no divergence to take, so this does nothing; set data.replay.kl, for example 0.1, or leave it out")
+        if self.kl_on == "replay" and not self.source:
+            raise LuthierError("kl_on: nothing is replayed; name general text in data.replay.source, or self, or set kl_on: trained")
+        if self.weight == 0 and not (self.kl and self.kl_on != "trained"):
+            raise LuthierError("weight: found 0, so what is replayed would teach nothing; set kl to hold the model on it, or leave weight out")
+        if self.source and self.share is None:
+            object.__setattr__(self, "share", 0.05)
+        if self.kl and self.kl_on is None:
+            object.__setattr__(self, "kl_on", "replay" if self.source else "trained")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """How often the rows of an epoch are drawn, where not once each."""
+
+    shorthand: ClassVar[str] = "by"
+
+    by: Literal["label", "difficulty"] | None = None
+    """label: labels evenly (objective classify); difficulty: challenging rows more often, by the base's own loss on each before training."""
+    balance: Annotated[float | None, Range(0, 1, low_open=True)] = None
+    """By label: a label of n rows is drawn in proportion to n to the power of 1 - balance. Default: 1, all labels equally often."""
+    hard: Annotated[float | None, Range(0, 1)] = None
+    """By difficulty: the share of an epoch that is drawn from the hardest rows. Default: 0.3."""
+    hardest: Annotated[float | None, Range(0, 0.9, low_open=True)] = None
+    """By difficulty: which rows are the hardest: this share of them, trivial and broken ones left out. Default: 0.2."""
+    trivial: Annotated[float | None, Range(0)] = None
+    """By difficulty: a row is trivial where the base's loss is below so many nats a token. Default: 0.1."""
+    broken: Annotated[float | None, Range(0)] = None
+    """By difficulty: a row is broken where the base's loss is so many interquartile ranges above the upper quartile, or worse than chance. Default: 3."""
+    drop: tuple[Literal["trivial", "broken"], ...] = ()
+    """By difficulty: rows that are not trained on. Default: none, they are only listed."""
+
+    def __post_init__(self) -> None:
+        own = {"label": ("balance",), "difficulty": ("hard", "hardest", "trivial", "broken", "drop")}
+        for by, names in own.items():
+            for name in names:
+                if self.by != by and getattr(self, name) not in (None, ()):
+                    raise LuthierError(f"{name}: is of data.sample.by={by}, and by is {self.by or 'not given'}; set it, or leave {name} out")
+        defaults = {"balance": 1.0} if self.by == "label" else {"hard": 0.3, "hardest": 0.2, "trivial": 0.1, "broken": 3.0} if self.by else {}
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Data:
     """What is trained on, and how records become tokens."""
 
@@ -76,6 +155,10 @@ class Data:
     """A malformed row stops the run, or is skipped and counted."""
     pack: Literal["auto", "yes", "no"] = "auto"
     """Examples share rows without padding and without seeing one another. auto: where the model was found to allow it."""
+    replay: Replay = Replay()
+    """What keeps the model from forgetting: text replayed beside the data, KL to the base, decay towards it."""
+    sample: Sample = Sample()
+    """How often rows are drawn: labels evenly, or challenging rows more often."""
 
     def __post_init__(self) -> None:
         if self.mix is not None:

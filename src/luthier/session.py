@@ -22,14 +22,16 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from . import __version__, adapter, atomic, build, checkpoint, config, counts, references, remembered, rollouts, vocabulary
+from . import __version__, adapter, atomic, build, checkpoint, config, counts, difficulty, forgetting, references, remembered, rollouts, vocabulary
 from .anatomy import modules
 from .by_source import Told
 from .core import LuthierError, Row
 from .crafting import choose
 from .data.feed import Batches
 from .data.mixing import Mixture
+from .data.order import Epochs
 from .data.prepare import Prepared
+from .data.replay import Beside
 from .data.rollout import Rollouts
 from .errors import Interrupted
 from .evaluate import Score
@@ -63,6 +65,7 @@ class Result:
     peak_bytes: int
     best_step: int
     stopped: str = ""  # why it ended before its last step
+    replayed: dict[str, float] = field(default_factory=dict)  # tokens of what is replayed, their share, passes over it; empty: nothing is
 
 
 @dataclass
@@ -89,6 +92,8 @@ def execute(run: Run, *, resume: Path | None = None, accept_changes: bool = Fals
     run, notes = build.resolve(run)
     for note in notes:
         say.note(note)
+    forgetting.check(run)
+    difficulty.check(run)
     state = _state(run, resume, accept_changes, say)
     build.seed_everything(run.seed)  # random weights are drawn while the model is made
     base = build.load(run.model, precision=run.precision, device=run.place.device, trains_base=run.method.edits == "weights")
@@ -138,8 +143,12 @@ class Session:
             together(prepared)  # the rows that have them now
         self.judge: Judge | None = None
         self.watch = Watch()
+        tick = lambda done, of: self.say.tick("difficulty of rows", done, of)  # noqa: E731
+        self.drawn = difficulty.drawn(run, self.policy, prepared, packed=self.packed, say=say.note, tick=tick)
+        self.against = forgetting.Against.of(run, self.policy, self.objective, prepared.train, packed=self.packed, say=say.note, tick=say.tick)
         self.feed = self._feed(run)
-        self.mixture = Told(run, order, self.feed) if isinstance(self.feed, Batches) and isinstance(order := self.feed.order, Mixture) else None
+        own = self.feed.main if isinstance(self.feed, Beside) else self.feed
+        self.mixture = Told(run, order, own) if isinstance(own, Batches) and isinstance(order := own.order, Mixture) else None
         self.chooses = hasattr(run.method, "candidates")  # nothing is trained: a prompt is chosen
         self.steps = 0 if self.chooses else self.feed.steps
         every = run.evaluate.every_steps or max(1, round(self.steps / 10))
@@ -168,21 +177,26 @@ class Session:
             )
         self.scorer = Scorer(self.policy, self.objective, prepared, self.run, packed=self.packed, rewarded=self._rewarded if self.judge else None)
         self.familiarity = Familiarity.of(self.policy, self.objective, prepared, self.run, packed=self.packed)
+        self.scorer.replayed = self.against.held_out
         self.progress = Progress()
         self.why_lr = why
         self.stopped = ""
         self.warned = False
 
-    def _feed(self, run: Run) -> Batches | Rollouts:
+    def _feed(self, run: Run) -> Batches | Beside | Rollouts:
         """The micro-batches: of the data, or of the model's own answers."""
         if "rollouts" in self.objective.needs:
             feed = rollouts.feed_of(run, self.policy, self.prepared, packed=self.packed, say=self.say.note, tick=self.say.tick)
             self.judge = feed.judge  # type: ignore[assignment]
             return feed
+        return self.against.feed(self._batches(run))
+
+    def _batches(self, run: Run) -> Batches:
+        """The micro-batches of the data."""
         return Batches(
             self.prepared.train,
             self.objective.collate,
-            order=order_of(run, self.prepared),
+            order=order_of(run, self.prepared) if self.drawn is None else Epochs(self.prepared.train, run.seed, self.drawn.order),
             pad=self.base.tokenizer.pad_token_id or 0,
             packed=self.packed,
             batch_tokens=run.optim.batch_tokens,
@@ -236,7 +250,7 @@ class Session:
         watch = _Watch(self.optimizer, self._resting)
         unseen = set(self.objective.terms) if self.objective.renders == "mixed" else set()  # a task's head gets no gradient before its first row
         bad_in_a_row = 0
-        loop = train(self.policy, self.objective, self.feed, self.optimizer, lr=rate, steps=self.steps, start=p.step, clip=o.clip, place=self.run.place)
+        loop = train(self.policy, self.against.objective, self.feed, self.optimizer, lr=rate, steps=self.steps, start=p.step, clip=o.clip, place=self.run.place)
         with _interrupts() as asked, self.say.training(self.steps, p.step) as bar:
             while True:
                 began = time.perf_counter()
@@ -244,6 +258,7 @@ class Session:
                 if step is None:
                     break
                 took = time.perf_counter() - began
+                step = replace(step, loss=self.against.own_loss(step.terms, step.loss))
                 p.step, p.seconds, p.tokens = step.step, p.seconds + took, p.tokens + step.tokens
                 if step.step % self.run.log.every_steps == 0 or step.step == self.steps or not step.finite:
                     log.write("train", step.step, _line(step, took))
@@ -349,6 +364,8 @@ class Session:
         if self.mixture is not None:
             facts["mixture"] = {name: asdict(s) for name, s in self.mixture.so_far().items()}
             self.say.mixture(f"the mixture after {p.step} steps:", self.mixture.so_far())
+        if replayed := forgetting.replayed(self.feed):
+            facts["replayed"] = replayed
         extra = {"training": facts, remembered.KEY: remembered.told(self.policy, self.run.model.template)}
         adapter.save(self.policy, self.folder / adapter.writes(self.policy.method), objective=self.objective, extra=extra)
         atomic.as_json(self.folder / "result.json", facts)
@@ -420,7 +437,21 @@ class Session:
         p = self.progress
         before = Measures.from_dict(p.before)
         best = p.best_step if self.run.evaluate.best and p.best_step else p.step
-        return Result(self.folder, artefact, before, after, trained, whole, p.step, p.seconds, p.tokens, peak_bytes(self.run.place.device), best, self.stopped)
+        return Result(
+            self.folder,
+            artefact,
+            before,
+            after,
+            trained,
+            whole,
+            p.step,
+            p.seconds,
+            p.tokens,
+            peak_bytes(self.run.place.device),
+            best,
+            self.stopped,
+            forgetting.replayed(self.feed),
+        )
 
 
 def _worth(now: Measures) -> float | None:

@@ -57,15 +57,17 @@ def train(
         counts = {k: sum(b.units.get(k, 0) for b in micro_batches) for k in objective.terms}
         units = {k: place.mean(n) for k, n in counts.items()}  # ranks average gradients, so each divides by the mean count
         sums: dict[str, list[torch.Tensor]] = {k: [] for k in objective.terms}
+        whose: dict[str, list[int]] = {k: [] for k in objective.terms}  # the micro-batch of each sum: not all have every term
         seen: dict[str, list[torch.Tensor]] = {}
         if objective.couples:
             cast(Coupled, objective).couple(policy, [b.to(place.device) for b in micro_batches], place.mean)
-        for batch in micro_batches:
+        for i, batch in enumerate(micro_batches):
             loss = objective.loss(policy, batch.to(place.device))
             parts = [w * loss.sums[k] / units[k] for k, w in objective.terms.items() if units[k] and k in loss.sums]
             torch.stack(parts).sum().backward()
             for k, s in loss.sums.items():
                 sums[k].append(s.detach())
+                whose[k].append(i)
             for k, (amount, count) in loss.metrics.items():
                 seen.setdefault(k, []).append(torch.stack([amount.detach().float(), count.detach().float()]))
         if delta is not None and delta.penalty is not None:
@@ -92,13 +94,13 @@ def train(
             tokens=sum(b.tokens for b in micro_batches),
             units=counts,
             finite=finite,
-            where=() if finite else _culprits(micro_batches, sums),
+            where=() if finite else _culprits(micro_batches, sums, whose),
             metrics={k: float(m[0] / m[1]) for k, v in seen.items() for m in [torch.stack(v).sum(0)]},
         )
         policy.train()  # whoever read the step may have evaluated
 
 
-def _culprits(micro_batches: list, sums: dict[str, list[torch.Tensor]]) -> tuple[str, ...]:
+def _culprits(micro_batches: list, sums: dict[str, list[torch.Tensor]], whose: dict[str, list[int]]) -> tuple[str, ...]:
     """Where the examples of non-finite micro-batches came from; all of the step's, if only the gradient was not finite."""
-    bad = [b for i, b in enumerate(micro_batches) if any(i < len(s) and not torch.isfinite(s[i]) for s in sums.values())]
-    return tuple(w for b in (bad or micro_batches) for w in b.where)
+    bad = {i for k, some in sums.items() for i, s in zip(whose[k], some, strict=True) if not torch.isfinite(s)}
+    return tuple(w for i, b in enumerate(micro_batches) if i in bad or not bad for w in b.where)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -135,3 +136,62 @@ def test_what_cannot_be_classified_is_refused():
         Objective(labels=("a",))
     with pytest.raises(LuthierError, match="no classification head"):
         SINGLE.scores(Policy(base), SINGLE.collate(labelled_rows("llama"), pad=0, packed=True))
+
+
+# --- class weights --------------------------------------------------------------------------------------------------
+
+COUNTS = {"bad": 5, "fair": 15, "good": 40}
+
+
+def weighted(asked):
+    return replace(SINGLE, class_weights=asked).fitted({"problem": "single", "labels": ["bad", "fair", "good"], "label_counts": COUNTS})
+
+
+def test_balanced_weights_make_labels_count_alike_and_have_a_mean_of_one():
+    weights = weighted("balanced").class_weights
+    assert weights == {n: pytest.approx(60 / (3 * c), rel=1e-5) for n, c in COUNTS.items()}
+    assert len({round(weights[n] * c, 3) for n, c in COUNTS.items()}) == 1
+
+
+def test_given_weights_keep_their_ratios_and_are_not_scaled_twice():
+    once = weighted({"bad": 3, "fair": 1, "good": 1})
+    weights = once.class_weights
+    assert weights["bad"] / weights["good"] == pytest.approx(3, rel=1e-5)
+    assert sum(weights[n] * c for n, c in COUNTS.items()) == pytest.approx(60, rel=1e-4)
+    for asked in (weights, weighted({"bad": 2.4, "fair": 4.7, "good": 3.7}).class_weights):  # the second would be rounded anew
+        assert weighted(asked).class_weights == asked, "a run that is resumed reads back what it wrote down"
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_the_weighted_sum_and_its_gradient_are_torchs(family):
+    goal = weighted("balanced")
+    policy, some = classifier(family, goal), labelled_rows(family, goal)
+    batch = goal.collate(some, pad=0, packed=False)
+    labels = torch.tensor([r.extras["label"] for r in some])
+    weight = torch.tensor([goal.class_weights[n] for n in goal.labels])
+    heads = list(policy.heads.parameters())
+    ours = goal.loss(policy, batch).sums["examples"]
+    theirs = torch.nn.functional.cross_entropy(goal.scores(policy, batch), labels, weight, reduction="mean") * weight[labels].sum()
+    torch.testing.assert_close(ours, theirs)
+    for a, b in zip(torch.autograd.grad(ours, heads), torch.autograd.grad(theirs, heads), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    assert float(ours.detach()) != pytest.approx(float(SINGLE.loss(policy, batch).sums["examples"].detach()), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "asked,said",
+    [
+        ({"bad": 1, "fair": 1, "god": 1}, "'god' is no label of the data; found bad, fair, good"),
+        ({"bad": 1, "fair": 1}, "'good' is a label of the data and has no weight; found bad, fair"),
+        ({"bad": 0, "fair": 1, "good": 1}, "must be above 0"),
+    ],
+    ids=str,
+)
+def test_weights_of_other_labels_are_refused(asked, said):
+    with pytest.raises(LuthierError, match=said):
+        weighted(asked)
+
+
+def test_numbers_and_several_labels_take_no_class_weights():
+    with pytest.raises(LuthierError, match="class_weights: weigh the labels of problem single"):
+        replace(NUMBER, class_weights="balanced")

@@ -133,10 +133,12 @@ def _count(run: Run, reporter: Reporter) -> None:
 
     import torch
 
-    from .. import build
+    from .. import build, difficulty, forgetting
     from ..microbatch import lacks_labels, with_labels
 
     run, _ = build.resolve(run)
+    forgetting.check(run)
+    difficulty.check(run)
     if lacks_labels(run.objective):
         run = replace(run, objective=with_labels(run.objective))
         reporter.note("the labels are in the data, which is not read here: counted with two of them")

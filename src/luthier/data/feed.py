@@ -49,6 +49,7 @@ class Batches:
             raise LuthierError("optim.steps: must be given: a stream is read as it is drawn, so nobody knows how many steps an epoch of it has")
         self.total_rows = None if steps is not None else max(1, round(epochs * (self.order.epoch_rows or 0)))
         self.number, self.offset, self.step = 0, 0, 0  # where the next step begins: a chunk of the order, a place in it
+        self.taken = 0  # tokens of the last step, over all ranks
         self.steps: int = steps if steps is not None else self._count()
         self._now = self._plan(0)
 
@@ -118,7 +119,13 @@ class Batches:
             raise StopIteration
         parts, self.number, self.offset, self._now = self._take(self.number, self.offset, self._now)
         self.step += 1
-        batches = [self.collate(rows, pad=self.pad, packed=self.packed) for rows in self._mine(_Chosen.of(parts))]
+        return self._dealt(parts)
+
+    def _dealt(self, parts: Sequence[tuple[Chunk, int, int]]) -> list[Batch]:
+        """This rank's micro-batches of slices of chunks."""
+        chosen = _Chosen.of(parts)
+        self.taken = int(chosen.lengths.sum())
+        batches = [self.collate(rows, pad=self.pad, packed=self.packed) for rows in self._mine(chosen)]
         return batches if self.device is None else [b.to(self.device) for b in batches]
 
     def _mine(self, step: _Chosen) -> list[list[Row]]:

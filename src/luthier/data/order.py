@@ -15,6 +15,8 @@ import numpy as np
 from ..core import LuthierError, Row
 from .rows import sides, widest
 
+Draw = Callable[[np.random.Generator], np.ndarray]
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -59,17 +61,23 @@ class Table:
 class Epochs:
     """One set of rows, in another seeded permutation every epoch. A chunk is an epoch."""
 
-    def __init__(self, rows: Sequence[Row], seed: int) -> None:
-        self.table, self.seed = Table(rows), seed
+    def __init__(self, rows: Sequence[Row], seed: int, draw: Draw | None = None) -> None:
+        """``draw``: the rows of an epoch, drawn with this generator, always equally many; default: all of them, shuffled."""
+        self.table, self.seed, self.draw = Table(rows), seed, draw
+        self._n = len(self._order(0))
 
     @property
     def epoch_rows(self) -> int:
-        """All of them."""
-        return len(self.table.rows)
+        """All of them, or as many as are drawn."""
+        return self._n
+
+    def _order(self, number: int) -> np.ndarray:
+        chance = np.random.default_rng([self.seed, number])
+        return chance.permutation(len(self.table.rows)) if self.draw is None else self.draw(chance)
 
     def chunk(self, number: int) -> Chunk:
         """The epoch of this number."""
-        order = np.random.default_rng([self.seed, number]).permutation(self.epoch_rows)
+        order = self._order(number)
         return self.table.chunk(np.stack([np.full(len(order), number), order], 1))
 
     def fingerprint(self) -> dict[str, Any]:

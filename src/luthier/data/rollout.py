@@ -20,6 +20,7 @@ from torch import Tensor
 from ..core import Answer, Batch, LuthierError, Policy, Rewarded, Row, answered_batch, scored, token_values
 from ..nn.rewarded import correlation, divergence, repetition
 from .feed import Batches
+from .replay import counted_as
 from .rows import sides
 
 Judge = Callable[[Sequence[Answer]], None]  # fills scores and score
@@ -189,10 +190,7 @@ class Rollouts:
         assert self.inner is not None
         self.step += 1
         parts = [p for batch in next(self.inner) for p in self.objective.parts(batch, self.rollout - 1, shared=self.shared)]
-        for batch in next(self.beside) if self.beside is not None and self.rollout > self.warmup else ():
-            batch.units = {"text": batch.units["tokens"]}
-            parts.append(batch)
-        return parts
+        return parts + (counted_as(next(self.beside), "text") if self.beside is not None and self.rollout > self.warmup else [])
 
     def take_events(self) -> list[dict[str, Any]]:
         """The facts of the rollouts since the last call."""

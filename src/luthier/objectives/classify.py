@@ -10,6 +10,9 @@ How we differ:
 1. Heads are computed in float32 whatever the base is stored in, and all their layers are new: BERT's pretrained pooler is not used.
 2. An encoder-decoder's decoder sees only its start token; transformers' BART and T5 classifiers feed it the whole text again and read its last token.
 3. No dropout before the head unless ``dropout`` asks for it (BERT: 0.1), so that a step does not depend on how it is cut into micro-batches.
+4. Class weights are scaled to a mean of 1 over the training rows, and a step's sum is divided by its examples. torch's weighted mean divides by the weights of
+   the batch's own labels, so that there a rare label weighs less in the batch that has it. "balanced" is N / (K n) of a label of n among N rows, K labels
+   (King & Zeng, 2001). Held-out losses are weighted as well, accuracies are not.
 """
 
 from __future__ import annotations
@@ -75,6 +78,8 @@ class Objective:
     """Names of the labels, in the order of the head's outputs. Default: those of the training data, sorted; a run writes them down."""
     dropout: Annotated[float, Range(0, 1)] = 0.0
     """Dropout before the layers of the head."""
+    class_weights: Literal["balanced"] | dict[str, float] | None = None
+    """How much each label's loss counts (problem single): balanced, so that all labels count alike, or {label: weight}. A run writes down what it found."""
 
     def __post_init__(self) -> None:
         within_ranges(self)
@@ -83,13 +88,19 @@ class Objective:
             raise LuthierError(f"labels: {twice!r} is there twice; each label has one name")
         if len(self.labels) == 1 and self.problem != "multiple":
             raise LuthierError(f"labels: there is only {self.labels[0]!r}; at least two are needed to tell apart")
+        if self.class_weights is not None and self.problem in ("multiple", "regression"):
+            raise LuthierError(f"class_weights: weigh the labels of problem single, and the problem is {self.problem}; leave them out")
+        for name, w in self.class_weights.items() if isinstance(self.class_weights, dict) else ():
+            if not 0 < w < float("inf"):
+                raise LuthierError(f"class_weights: the weight of {name!r} must be above 0, found {w}")
 
     def serves(self, kind: str) -> None:
         """Every kind of model."""
 
     def fitted(self, facts: Mapping[str, Any]) -> Objective:
         """With the problem and the labels that reading the data found (``Prepared.facts``)."""
-        return replace(self, problem=facts["problem"], labels=tuple(facts["labels"]))
+        known = replace(self, problem=facts["problem"], labels=tuple(facts["labels"]))
+        return known if self.class_weights is None else replace(known, class_weights=weighed(self.class_weights, facts["label_counts"]))
 
     @property
     def outputs(self) -> int:
@@ -125,7 +136,8 @@ class Objective:
         label, n = batch.extras["label"], counted_S.sum()
         if self.problem == "single":
             right_S = (scores_SK.argmax(-1) == label) & counted_S
-            loss = cross_entropy(scores_SK, label, ignore_index=IGNORE, reduction="sum")
+            weight_K = self.weights(scores_SK)
+            loss = cross_entropy(scores_SK, label, weight_K, ignore_index=IGNORE, reduction="sum")
             return Loss({"examples": loss}, {"accuracy": (right_S.sum(), n)})
         if self.problem == "multiple":
             label_SK = label.float()
@@ -134,6 +146,12 @@ class Objective:
             return Loss({"examples": (loss_S * counted_S).sum()}, {"accuracy": (right_S.sum(), n)})
         error_S = (scores_SK.squeeze(-1) - label.float()) * counted_S
         return Loss({"examples": error_S.square().sum()}, {"absolute_error": (error_S.abs().sum(), n)})
+
+    def weights(self, like: Tensor) -> Tensor | None:
+        """(K,) class weights in the order of the labels, as a tensor like this one; None where all count alike."""
+        if not isinstance(self.class_weights, dict):
+            return None
+        return like.new_tensor([self.class_weights.get(name, 1.0) for name in self.labels])
 
     def scores(self, policy: Policy, batch: Batch) -> Tensor:
         """(S, K) fp32: what the head says of each example. Raises LuthierError for a policy without this head."""
@@ -162,3 +180,15 @@ class Objective:
             sure = float(np.prod([max(p, 1 - p) for p in p_K]))
             out.append({"label": chosen, "probability": sure, "probabilities": dict(zip(self.labels, p_K, strict=True))})
         return out
+
+
+def weighed(asked: str | Mapping[str, float], counts: Mapping[str, int]) -> dict[str, float]:
+    """Weights of all labels with a mean of 1 over rows that have each label so often. Raises LuthierError where ``asked`` names other labels."""
+    if isinstance(asked, Mapping) and (odd := [n for n in asked if n not in counts] + [n for n in counts if n not in asked]):
+        has, names = ("is no label of the data", ", ".join(counts)) if odd[0] in asked else ("is a label of the data and has no weight", ", ".join(asked))
+        raise LuthierError(f"objective.class_weights: {odd[0]!r} {has}; found {names}. Give every label a weight")
+    raw = {n: asked[n] if isinstance(asked, Mapping) else 1.0 / c for n, c in counts.items() if c or isinstance(asked, Mapping)}
+    mean = sum(w * counts[n] for n, w in raw.items()) / sum(counts.values())
+    if abs(mean - 1) < 1e-4:  # scaled before, and written down
+        return {n: raw.get(n, 1.0) for n in counts}
+    return {n: float(f"{raw[n] / mean:.6g}") if n in raw else 1.0 for n in counts}
