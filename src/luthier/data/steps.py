@@ -1,4 +1,4 @@
-"""The records of files, one by one, with what could not be read or used in its place: what is looked at before training, and what is written without its faults."""
+"""The records of files, one by one, with what could not be read or used in its place: for what looks at data, and for what writes it again."""
 
 from __future__ import annotations
 
