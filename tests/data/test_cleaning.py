@@ -6,7 +6,7 @@ import pytest
 
 from luthier.core import LuthierError
 from luthier.data.cleaning import clean, fixable, targets
-from luthier.data.inspection import File
+from luthier.data.steps import File
 from tests.data.quality.conftest import check, good, write
 
 __all__ = ["check", "write"]  # fixtures

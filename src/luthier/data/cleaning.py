@@ -12,8 +12,9 @@ from typing import IO, Any
 
 from ..core import LuthierError
 from .formats import suffix_of
-from .inspection import File, Inspection, Report, Step
+from .inspection import Inspection, Report
 from .quality import Finding
+from .steps import File, Step
 from .words import short
 
 Mend = Callable[[str], str]

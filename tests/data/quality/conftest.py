@@ -6,10 +6,11 @@ import json
 
 import pytest
 
-from luthier.data.inspection import File, Inspection, Report
+from luthier.data.inspection import Inspection, Report
 from luthier.data.prepare import Reader
 from luthier.data.quality import Finding, Setting
 from luthier.data.rows import Form
+from luthier.data.steps import File
 from tests.data.conftest import CHATML, byte_bpe
 
 TOPICS = ["rivers", "bridges", "violins", "harbours", "engines", "gardens", "winters", "markets", "lanterns", "orchards", "kitchens", "glaciers"]

@@ -13,8 +13,9 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ...data.inspection import File, Inspection, Report
+    from ...data.inspection import Inspection, Report
     from ...data.quality import Split
+    from ...data.steps import File
     from ...run import Run
 
 CLEAN, WARNINGS, ERRORS = 0, 3, 4  # 1 is a fault of the program and 2 one of the command line, as everywhere
@@ -88,9 +89,10 @@ def _inspection(
     """What is to be looked at, and how rows are made of it."""
     from ...build import load, load_tokenizer
     from ...config import load_run
-    from ...data.inspection import Inspection, expected_rows
+    from ...data.inspection import Inspection
     from ...data.prepare import Reader
     from ...data.quality import Setting
+    from ...data.steps import expected_rows
     from ...plugins import kind_of, plugin
     from ...reading import form_of, made_of
 
@@ -119,8 +121,8 @@ def _files(sources: Sequence[str], run: Run, held: dict[str, list[str] | None]) 
     from dataclasses import replace
 
     from ...core import LuthierError
-    from ...data.inspection import files_for
     from ...data.sources import splits_of
+    from ...data.steps import files_for
 
     if not sources:
         raise LuthierError("no data to check: name a file, a folder or a Hub data set id")
@@ -151,7 +153,7 @@ def _guessed(files: Sequence[File], run: Run) -> str:
     """The objective that the files are for. Raises LuthierError where they are for different ones."""
     from ...core import LuthierError
     from ...data.guess import OBJECTIVES
-    from ...data.inspection import kind_of
+    from ...data.steps import kind_of
 
     kinds = {f.name: kind_of(f, run.data.split, dict(run.data.columns)) for f in files if f.split == "train"}
     if len(set(kinds.values())) > 1:
