@@ -94,8 +94,9 @@ LAW: dict[str, set[str]] = {
     "ledger": {"adapter", "atomic", "config", "data", "hub", "plugins", "run", "stages"},
     "rehearsal": {"adapter", "build", "core", "data", "hub", "microbatch", "plugins", "policy", "reading", "references", "run", "stages", "vocabulary"},
     "staleness": {"ledger", "stages"},
-    "overview": {"ledger", "measure", "progress", "stages"},
-    "progress": {"anatomy", "core", "counts", "crafting", "measure", "plugins", "train", "session"},
+    "report": BASICS | {"atomic", "config", "counts", "data", "memory", "plugins", "policy", "run", "runfile"},
+    "overview": {"ledger", "measure", "progress", "report", "stages"},
+    "progress": {"anatomy", "core", "counts", "crafting", "measure", "plugins", "report", "train", "session"},
 }
 ANYTHING_BUT_CLI = {"session", "relay", "__init__"}
 AXES = ("methods", "objectives", "precision", "place", "tasks", "speed")
