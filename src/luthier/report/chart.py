@@ -112,7 +112,9 @@ def line(
     for i, s in enumerate(drawn, 1):
         parts += _series(s, i, across, up, said, joined)
     told = "; ".join(f"{s.name}: first {said(s.points[0][1])}, last {said(s.points[-1][1])}" for s in drawn)
-    legend = "".join(f'<span class="key"><span class="swatch s{i}"></span>{escape(s.name)}</span>' for i, s in enumerate(drawn, 1)) if len(drawn) > 1 else ""
+    mark = lambda s: "swatch ring" if len(s.points) == 1 else "swatch"  # noqa: E731
+    keys = (f'<span class="key"><span class="{mark(s)} s{i}"></span>{escape(s.name)}</span>' for i, s in enumerate(drawn, 1))
+    legend = "".join(keys) if len(drawn) > 1 else ""
     picture = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(f"{title}. {told}")}">{"".join(parts)}</svg>'
     return f"<figure><figcaption>{escape(title)}</figcaption>{picture}" + (f'<p class="legend">{legend}</p>' if legend else "") + "</figure>"
 
@@ -143,4 +145,4 @@ def _series(s: Series, number: int, across: Scale, up: Scale, said: Callable[[fl
     visible = "dot" if s.dots or len(at) == 1 else "spot"
     for i, ((px, py), (vx, vy)) in enumerate(zip(at, s.points, strict=True)):
         note = s.notes[i] if s.notes else f"{s.name}: {said(vy)} at {short(vx)}"
-        yield f'<circle class="{visible} s{number}" cx="{px:.2f}" cy="{py:.2f}" r="{3.2 if visible == "dot" else 6}"><title>{escape(note)}</title></circle>'
+        yield f'<circle class="{visible} s{number}" cx="{px:.2f}" cy="{py:.2f}" r="{6 if visible == "spot" else 3.2 if len(at) > 1 else 5}"><title>{escape(note)}</title></circle>'

@@ -29,10 +29,13 @@ class Number:
     unit: str = ""
     low: float | None = None
     high: float | None = None
+    places: int | None = None  # decimal places to show; None: as many as suit it
 
     @property
     def digits(self) -> int:
         """Decimal places worth showing."""
+        if self.places is not None:
+            return self.places
         if self.low is None:
             return 4
         return 1 if max(abs(self.value), abs(self.high or 0.0)) > 1.5 else 3

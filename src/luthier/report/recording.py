@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 
 from .. import __version__, atomic, counts
-from ..anatomy import numbers
 from ..config import spelled
 from ..core import Row, examples_of
 from ..data.preview import pieces
@@ -54,13 +53,13 @@ def begin(folder: Path, asked: Run, run: Run, policy: Policy, train: list[Row], 
             "hash": base.hash,
             "family": base.anatomy.family,
             "kind": base.anatomy.kind,
-            "parameters": numbers(base.model),
+            "parameters": whole,
             "positions": base.max_positions,
         },
         "trained": trained,
         "whole": whole,
         "modules": [asdict(c) for c in counts.table(policy)],
-        "examples": [shown(row, base.tokenizer, data) for row in train[:EXAMPLES]],
+        "examples": [shown(train[i * len(train) // EXAMPLES], base.tokenizer, data) for i in range(min(EXAMPLES, len(train)))],
         **more,
     }
     atomic.as_json(folder / FACTS, told)

@@ -277,8 +277,8 @@ def memory(facts: Facts) -> str:
     gpu = str(facts.environment.get("device", "cpu")).startswith("cuda")
     whose = "of tensors on the GPU" if gpu else "of the whole process, Python and libraries included"
     if not told:
-        why = facts.told.get("unpredicted") or "not predicted, which takes about a second and was not asked for"
-        return f"<p>Measured peak {whose}: {words.size(peak)}. Predicted: {e(why)}; <code>luthier runs report</code> adds it.</p>"
+        why = "It was not predicted: that takes a second or more, and is done unasked only after a minute of training"
+        return f"<p>Measured peak {whose}: {words.size(peak)}. {why}; <code>luthier runs report</code> adds it.</p>"
     total = int(told.get("total", 0))
     parts = [[e(k), words.size(n)] for k, n in sorted(mapping(told.get("parts")).items(), key=lambda p: -p[1]) if n >= 1e6]
     error = f"{abs(total - peak) / peak:.0%} too {'high' if total > peak else 'low'}"
@@ -295,7 +295,7 @@ def files(facts: Facts) -> str:
     name = facts.artefact.name
     if found is None:
         return f"<p>{e(name)}/ is larger than {words.size(TOO_LARGE)}, so it was not hashed here: <code>sha256sum {e(name)}/*</code></p>"
-    return table(["file", "SHA-256", "size"], ([f"{e(name)}/{e(f)}", f"<code>{h}</code>", words.size(n)] for f, (h, n) in found.items()), words=2)
+    return '<p class="soft small">SHA-256 of what was saved</p>' + pairs((f"{name}/{f}, {words.size(n)}", f"<code>{h}</code>") for f, (h, n) in found.items())
 
 
 def environment(facts: Facts) -> str:

@@ -34,7 +34,7 @@ mark { background: var(--tint); color: var(--text); border-bottom: 2px solid var
 details { margin: .6rem 0; } summary { cursor: pointer; color: var(--link); }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); gap: 1rem 1.5rem; }
 figure { margin: .4rem 0; min-width: 0; } figcaption { font-weight: 600; font-size: .95rem; }
-.one { max-width: 34rem; }
+.one { max-width: 26rem; }
 svg { display: block; width: 100%; height: auto; } svg text { font-size: 11px; fill: var(--soft); }
 .grid { stroke: var(--rule); stroke-width: 1; } .axis { stroke: var(--soft); stroke-width: 1; }
 .line { fill: none; stroke-width: 1.8; stroke-linejoin: round; } .spot { fill: transparent; stroke: none; pointer-events: all; }
@@ -46,9 +46,12 @@ svg { display: block; width: 100%; height: auto; } svg text { font-size: 11px; f
 .legend { font-size: .85rem; color: var(--soft); margin: 0 0 0 .4rem; } .key { margin-right: 1.1rem; white-space: nowrap; }
 .swatch { display: inline-block; width: 1.5rem; height: 0; vertical-align: middle; margin-right: .4rem; border-top: 3px solid var(--s1); }
 .swatch.s2 { border-top: 3px dashed var(--s2); } .swatch.s3 { border-top: 3px dotted var(--s3); } .swatch.s4 { border-top: 3px dashed var(--s4); }
+.swatch.ring { width: .7rem; height: .7rem; border: 2px solid; border-radius: 50%; }
+.swatch.ring.s1 { border-color: var(--s1); } .swatch.ring.s2 { border-color: var(--s2); } .swatch.ring.s3 { border-color: var(--s3); }
 .samples { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(16rem, 100%), 1fr)); gap: .2rem 1rem; margin-bottom: 1.2rem; }
 .samples .ask { grid-column: 1 / -1; } .samples > div { min-width: 0; }
 @media (max-width: 40rem) { body { padding: 1rem 1rem 3rem; } dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .5rem; }
-  th, td { padding-right: .7rem; } }
+  th, td { padding-right: .6rem; } table { font-size: .85rem; } td.n, th.n { white-space: normal; } td:first-child { min-width: 6.5rem; }
+  dl.counts { grid-template-columns: max-content 1fr; gap: .25rem 1rem; } }
 @media print { body { max-width: none; } .example { max-height: none; } }
 """

@@ -29,12 +29,12 @@ def difference(before: Number, after: Number) -> Number:
 
     It takes the two as independent. They are of the same rows, so a paired interval would be narrower.
     """
-    d = after.value - before.value
+    d, places = after.value - before.value, min(before.digits, after.digits)
     if before.low is None or before.high is None or after.low is None or after.high is None:
-        return Number(d, after.n, after.unit)
+        return Number(d, after.n, after.unit, places=places)
     low = d - math.hypot(after.value - after.low, before.high - before.value)
     high = d + math.hypot(after.high - after.value, before.value - before.low)
-    return Number(d, after.n, after.unit, low, high)
+    return Number(d, after.n, after.unit, low, high, places)
 
 
 def signed(d: Number) -> str:
