@@ -72,7 +72,7 @@ def test_the_prediction_of_memory_stands_beside_the_measurement(run):
     recording.predict(run, load_run(str(run / "run.yaml"), ["place.on=cpu"]))
     told = json.loads((run / "facts.json").read_text())["memory"]
     longest = json.loads((run / "environment.json").read_text())["data"]["longest"]
-    assert told["total"] > sum(n for k, n in told["parts"].items() if k.startswith("frozen")) > 0 and f"of {longest}" in told["batch"]
+    assert told["total"] > sum(n for k, n in told["parts"].items() if k.startswith("frozen")) > 0 and f"{longest}, packed" in told["batch"]
     peak = json.loads((run / "result.json").read_text())["peak_bytes"]
     high = "high" if told["total"] > peak else "low"
     assert f"the prediction is {abs(told['total'] - peak) / peak:.0%} too {high}" in page.html(read(run))

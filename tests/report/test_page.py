@@ -6,11 +6,11 @@ from html.parser import HTMLParser
 
 import pytest
 
-NASTY = "<script>alert('x')</script> & <b>"  # as in conftest.py
 from luthier.report import chart, curves, page
 from luthier.report.facts import read
 from luthier.report.hashes import sha256
 
+NASTY = "<script>alert('x')</script> & <b>"  # as in conftest.py
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 
 

@@ -142,7 +142,7 @@ def _series(s: Series, number: int, across: Scale, up: Scale, said: Callable[[fl
         yield f'<polyline class="line s{number}" points="{" ".join(f"{px:.2f},{py:.2f}" for px, py in at)}"/>'
     if len(at) > POINTED and not s.dots:
         return
-    visible = "dot" if s.dots or len(at) == 1 else "spot"
+    kind, radius = ("spot", 6.0) if len(at) > 1 and not s.dots else ("dot", 3.2 if len(at) > 1 else 5.0)
     for i, ((px, py), (vx, vy)) in enumerate(zip(at, s.points, strict=True)):
         note = s.notes[i] if s.notes else f"{s.name}: {said(vy)} at {short(vx)}"
-        yield f'<circle class="{visible} s{number}" cx="{px:.2f}" cy="{py:.2f}" r="{6 if visible == "spot" else 3.2 if len(at) > 1 else 5}"><title>{escape(note)}</title></circle>'
+        yield f'<circle class="{kind} s{number}" cx="{px:.2f}" cy="{py:.2f}" r="{radius:g}"><title>{escape(note)}</title></circle>'

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from ...errors import LuthierError
 from ...names import nearest
-from ...report.facts import found
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,6 +18,8 @@ WIDE = 200  # characters of a table where there is no terminal to fit into
 
 def folder(name: str, where: Path) -> Path:
     """The folder of a run: a path to it, or its name in ``where``. Raises LuthierError for neither, with the nearest name there is."""
+    from ...report.facts import found
+
     for path in (Path(name), where / name):
         if (path / "run.yaml").is_file():
             return path

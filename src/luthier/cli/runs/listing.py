@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from ...errors import LuthierError
-from ...report.facts import GENERAL, HELD_OUT, STAGES, Facts, Number, found, read
 from .finding import table
+
+if TYPE_CHECKING:
+    from ...report.facts import Facts, Number
 
 COLUMNS = ("name", "when", "model", "method", "objective", "steps", "held out", "general text", "score", "state")
 
 
 def command(where: Path) -> None:
     """Print the table, and below it a sentence for each folder that cannot be read."""
+    from ...report.facts import STAGES, found, read
+
     if not where.is_dir():
         raise LuthierError(
             f"{where}: there is no such folder; runs are written to runs/ unless out=FOLDER says otherwise; luthier runs --in FOLDER looks there"
@@ -44,6 +49,8 @@ def command(where: Path) -> None:
 
 def line(name: str, facts: Facts) -> tuple[str, ...]:
     """The cells of COLUMNS for one run."""
+    from ...report.facts import GENERAL, HELD_OUT
+
     before, after = facts.measures()
     when = f"{facts.began:%Y-%m-%d %H:%M}" if facts.began else ""
     of = facts.planned
@@ -60,5 +67,7 @@ def _path(before: dict[str, Number], after: dict[str, Number], name: str) -> str
 
 def _score(after: dict[str, Number]) -> str:
     """The first score of the run's tasks, the one it names first."""
+    from ...report.facts import GENERAL, HELD_OUT
+
     name = next((n for n in after if n not in (HELD_OUT, GENERAL)), None)
     return "" if name is None else f"{name} {after[name].value:.{after[name].digits}f}"
