@@ -44,6 +44,16 @@ def test_a_run_that_is_stopped_and_one_that_fails_leave_a_report_that_says_so(as
     assert done.told["asked"] == failed.told["asked"] and done.told["asked"]["optim.steps"] == 8
 
 
+def test_a_report_that_cannot_be_written_costs_no_run(asked, tmp_path, monkeypatch, capsys):
+    def broken(folder):
+        raise RuntimeError("no ink")
+
+    monkeypatch.setattr("luthier.report.page.write", broken)
+    execute(asked(tmp_path, "optim.steps=2"))
+    assert (tmp_path / "r" / "adapter" / "adapter_model.safetensors").is_file() and read(tmp_path / "r").state == "finished"
+    assert "warning: the report was not written (RuntimeError: no ink); luthier runs report" in capsys.readouterr().out
+
+
 def test_a_run_under_way_is_told_from_one_whose_process_is_gone(run):
     (run / "result.json").unlink()
     assert read(run).state == "running, step 8"  # this very process made it

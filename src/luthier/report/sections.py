@@ -22,6 +22,7 @@ LOST = (
     ("dropped_long", "too long, dropped"), ("truncated", "too long, truncated"), ("cut_responses", "of these without the end of the response"),
     ("split", "too long, split into pieces"), ("bad_rows", "bad rows"),
 )  # fmt: skip
+PLAIN = {"program": "Python and libraries, or the CUDA context", "allocator": "freed and not given back"}  # as `luthier plan` says it
 
 
 def e(value: Any) -> str:
@@ -37,9 +38,9 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, words: int =
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def pairs(items: Iterable[tuple[str, str]]) -> str:
-    """Names and what they are, side by side; the second is HTML already."""
-    return "<dl>" + "".join(f"<dt>{e(k)}</dt><dd>{v}</dd>" for k, v in items) + "</dl>"
+def pairs(items: Iterable[tuple[str, str]], *, short: bool = False) -> str:
+    """Names and what they are, side by side; the second is HTML already. ``short``: both are, so a phone has room for them beside one another."""
+    return ('<dl class="counts">' if short else "<dl>") + "".join(f"<dt>{e(k)}</dt><dd>{v}</dd>" for k, v in items) + "</dl>"
 
 
 def folded(summary: str, body: str) -> str:
@@ -53,13 +54,10 @@ def folded(summary: str, body: str) -> str:
 def head(facts: Facts) -> str:
     """The run's name, its state and what was asked."""
     base, began = mapping(facts.told.get("base")), facts.began
-    data = mapping(facts.settings.get("data"))
     model = e(facts.model) + (f' <span class="soft">({e(base["family"])}, {base["parameters"]:,} parameters, {e(base["hash"])})</span>' if base else "")
     items = [("model", model)]
     items += [(axis, f"<code>{e(facts.kind(axis))}</code>") for axis in ("method", "objective", "precision")]
-    items.append(
-        ("data", e(", ".join(map(str, data["train"])) if isinstance(data.get("train"), list) and data["train"] else data.get("train") or "see settings"))
-    )
+    items.append(("data", e(_sources(facts))))
     if facts.planned:
         items.append(("training", e(_training(facts))))
     asked = mapping(facts.told.get("asked"))
@@ -73,6 +71,14 @@ def head(facts: Facts) -> str:
         + folded("All settings, as resolved", f"<pre>{e(write(facts.settings))}</pre>")
         + "</section>"
     )
+
+
+def _sources(facts: Facts) -> str:
+    """What was trained on: the files, or the sources of a mixture by name."""
+    train, mixed = mapping(facts.settings.get("data")).get("train"), facts.data.get("sources")
+    if train:
+        return ", ".join(map(str, train)) if isinstance(train, list) else str(train)
+    return f"a mixture of {', '.join(mixed)}" if isinstance(mixed, dict) and mixed else "not recorded"
 
 
 def _training(facts: Facts) -> str:
@@ -126,9 +132,9 @@ def data(facts: Facts) -> str:
     if not whole:
         return ""
     each = whole.get("sources")
-    blocks = [pairs(_counts(whole))]
+    blocks = [pairs(_counts(whole), short=True)]
     for name, told in each.items() if isinstance(each, dict) else ():
-        blocks.append(f"<h3>{e(name)}</h3>" + pairs(_counts(mapping(told))))
+        blocks.append(f"<h3>{e(name)}</h3>" + pairs(_counts(mapping(told)), short=True))
     return "".join(blocks)
 
 
@@ -224,10 +230,12 @@ def samples(facts: Facts) -> str:
     out = []
     for a, b in zip(before, after, strict=False):
         boxes = [("before training" if first == 0 else f"step {first:,}", a), (f"step {last:,}", b)] if last != first else [(f"step {first:,}", a)]
-        cells = [f'<div class="ask"><p class="soft small">prompt</p><div class="example">{e(_text(a.get("prompt")))}</div></div>']
-        cells += [f'<div><p class="soft small">{e(when)}{e(_ended(s))}</p><div class="example">{e(_answer(s)) or "(nothing)"}</div></div>' for when, s in boxes]
+        cells = [f'<div class="ask"><p class="soft small">prompt</p><div class="example said">{e(_text(a.get("prompt")))}</div></div>']
+        cells += [
+            f'<div><p class="soft small">{e(when)}{e(_ended(s))}</p><div class="example said">{e(_answer(s)) or "(nothing)"}</div></div>' for when, s in boxes
+        ]
         if a.get("reference") is not None:
-            cells.append(f'<div><p class="soft small">the data says</p><div class="example">{e(_text(a["reference"]))}</div></div>')
+            cells.append(f'<div><p class="soft small">the data says</p><div class="example said">{e(_text(a["reference"]))}</div></div>')
         out.append(f'<div class="samples">{"".join(cells)}</div>')
     return "".join(out)
 
@@ -280,7 +288,7 @@ def memory(facts: Facts) -> str:
         why = "It was not predicted: that takes a second or more, and is done unasked only after a minute of training"
         return f"<p>Measured peak {whose}: {words.size(peak)}. {why}; <code>luthier runs report</code> adds it.</p>"
     total = int(told.get("total", 0))
-    parts = [[e(k), words.size(n)] for k, n in sorted(mapping(told.get("parts")).items(), key=lambda p: -p[1]) if n >= 1e6]
+    parts = [[e(PLAIN.get(k, k)), words.size(n)] for k, n in sorted(mapping(told.get("parts")).items(), key=lambda p: -p[1]) if n >= 1e6]
     error = f"{abs(total - peak) / peak:.0%} too {'high' if total > peak else 'low'}"
     first = f"<p>Predicted {words.size(total)}, measured {words.size(peak)} {whose}: the prediction is {error}.</p>"
     note = f"Predicted for {e(told.get('batch', 'the largest micro-batch'))}, the longest row of this data in each place." if told.get("longest") else ""

@@ -29,6 +29,7 @@ pre { margin: .2rem 0 .8rem; padding: .5rem .7rem; background: var(--panel); bor
   overflow-wrap: anywhere; }
 .example { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--panel); border-radius: 6px; padding: .5rem .7rem; margin: .2rem 0 .8rem;
   max-height: 22rem; overflow-y: auto; color: var(--soft); }
+.said { color: var(--text); }
 mark { background: var(--tint); color: var(--text); border-bottom: 2px solid var(--s1); padding: 0; }
 .left-out { font-style: italic; }
 details { margin: .6rem 0; } summary { cursor: pointer; color: var(--link); }

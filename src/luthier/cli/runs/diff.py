@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 TELL_NOTHING = ("name", "out")  # settings that differ between any two runs
 MISSING = "not there"
+NOTHING: tuple[Any, ...] = (None, [], {})
 
 
 def command(
@@ -47,7 +48,8 @@ def settings(one: Facts, two: Facts) -> Iterator[tuple[str, str, str]]:
     first, second = flat(one.settings), flat(two.settings)
     for key in [*first, *(k for k in second if k not in first)]:
         x, y = first.get(key, MISSING), second.get(key, MISSING)
-        if x != y and key not in TELL_NOTHING:
+        empty = MISSING in (x, y) and (x in NOTHING or y in NOTHING)  # a setting that one version has and that says nothing
+        if x != y and key not in TELL_NOTHING and not empty:
             yield key, _said(x), _said(y)
 
 
@@ -57,8 +59,9 @@ def results(one: Facts, two: Facts) -> Iterator[tuple[str, ...]]:
 
     yield "state", one.state, two.state
     (before_1, after_1), (before_2, after_2) = one.measures(), two.measures()
+    path = lambda a, b: f"{a} -> {b}" if a and b else str(b or a or "")  # noqa: E731
     for name in dict.fromkeys([*after_1, *after_2, *before_1, *before_2]):
-        yield name, *(f"{b.get(name, '')} -> {a.get(name, '')}" for b, a in ((before_1, after_1), (before_2, after_2)))
+        yield name, path(before_1.get(name), after_1.get(name)), path(before_2.get(name), after_2.get(name))
     yield "steps", f"{one.steps:,}", f"{two.steps:,}"
     for what, of in (("training time", lambda f: _clock(f.result.get("seconds"))), ("peak memory", lambda f: _size(verdict.memory(f)))):
         yield what, of(one), of(two)

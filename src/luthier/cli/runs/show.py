@@ -36,8 +36,10 @@ def command(context: typer.Context, name: Annotated[str, typer.Argument(metavar=
     page = facts.folder / "report.html"
     if page.is_file():
         typer.echo(f"report: {page}")
-    for what, line in commands(facts):
-        typer.echo(f"{what}: {line}")
+    todo = list(commands(facts))
+    width = max(len(line) for _, line in todo)
+    for what, line in todo:
+        typer.echo(f"  {line:<{width}}  # {what}")
 
 
 def _n(n: int | None) -> str:
