@@ -119,9 +119,10 @@ LAW: dict[str, set[str]] = {
         "vocabulary",
     },
     "staleness": {"ledger", "stages"},
-    "overview": {"ledger", "measure", "progress", "stages"},
-    "report": {"data"},
-    "progress": {"anatomy", "core", "counts", "crafting", "data", "measure", "plugins", "train", "session"},
+    "findings": {"data"},
+    "report": BASICS | {"atomic", "config", "counts", "data", "memory", "plugins", "policy", "run", "runfile"},
+    "overview": {"ledger", "measure", "progress", "report", "stages"},
+    "progress": {"anatomy", "core", "counts", "crafting", "data", "measure", "plugins", "report", "train", "session"},
 }
 ANYTHING_BUT_CLI = {"session", "relay", "__init__"}
 AXES = ("methods", "objectives", "precision", "place", "tasks", "speed")

@@ -93,3 +93,10 @@ def test_the_report_fits_a_terminal_and_is_markdown_in_a_file(tmp_path):
     assert "| 4 dpo | text | lora | 0.6931 | 0.5000 | 4.2500 | 4.5000 |" in text and "per ranking" in text
     assert "Stage dpo stopped early: no better validation loss in 2 evaluations" in text
     assert text.count("\n## ") == 4
+
+
+def test_each_stage_that_has_a_report_is_linked(tmp_path):
+    stages, ledger = made(GOOD, tmp_path)
+    (tmp_path / "3-sft").mkdir()
+    (tmp_path / "3-sft" / "report.html").touch()
+    assert overview.markdown(stages, ledger).count("report.html](") == 1 and "](3-sft/report.html)" in overview.markdown(stages, ledger)

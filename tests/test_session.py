@@ -71,7 +71,19 @@ def test_a_run_leaves_what_it_promises(home, tmp_path):
     result = execute(settings(home, tmp_path, "evaluate.tasks=[exact_match]", "log.to=[tensorboard]"), reporter=QUIET)
     folder = tmp_path / "r"
     there = {p.name for p in folder.iterdir()}
-    assert there == {"run.yaml", "environment.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "best", "adapter", "result.json", "tensorboard"}
+    assert there == {
+        "run.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "checkpoints",
+        "best",
+        "adapter",
+        "result.json",
+        "tensorboard",
+        "facts.json",
+        "report.html",
+    }
     assert [p.name for p in sorted((folder / "checkpoints").iterdir())] == ["step-6", "step-8"]
     assert result.after.loss.value < result.before.loss.value and result.after.general is not None
     assert "exact_match" in result.after.scores and result.before.scores

@@ -12,6 +12,7 @@ from rich.text import Text
 from . import progress
 from .ledger import Ledger, Record
 from .measure import Measures
+from .report.verdict import clock
 from .stages import Stages
 
 GAINED = ("stage", "objective", "method", "held out", "after", "general text", "after")
@@ -38,7 +39,7 @@ def cost(stages: Stages, ledger: Ledger) -> Iterator[tuple[str, ...]]:
         if r.state == "done":
             n = r.result
             memory = f"{'' if n['peak_is_its_own'] else 'up to '}{n['peak_bytes'] / 1e9:.2f} GB"
-            yield f"{stage.place} {stage.name}", f"{n['trained']:,}", f"{n['tokens']:,}", progress.clock(n["seconds"]), memory, r.artefact
+            yield f"{stage.place} {stage.name}", f"{n['trained']:,}", f"{n['tokens']:,}", clock(n["seconds"]), memory, r.artefact
 
 
 def show(stages: Stages, ledger: Ledger, console: Console) -> None:
@@ -110,14 +111,16 @@ def markdown(stages: Stages, ledger: Ledger) -> str:
     out += [*(f"{line[0].upper()}{line[1:]}.\n" for line in notes(stages, ledger)), "Time is that of the training steps; left is what lies in this folder."]
     for stage in stages.stages:
         if (r := ledger.record(stage)).state == "done":
-            out += ["", f"## {stage.place} {stage.name}", "", *_section(stages, r)]
+            out += ["", f"## {stage.place} {stage.name}", "", *_section(stages, ledger, r)]
     return "\n".join(out) + "\n"
 
 
-def _section(stages: Stages, r: Record) -> Iterator[str]:
+def _section(stages: Stages, ledger: Ledger, r: Record) -> Iterator[str]:
     before, after = measures(r)
     begins = f"the model {stages.stage(r.name).asked.model.id}" if not r.handed else " and ".join(f"`{n}`" for n in r.handed)
     yield f"- began from {begins}, {r.started} to {r.finished}"
+    if (ledger.folder / r.folder / "report.html").is_file():
+        yield f"- its curves, data and samples: [{r.folder}/report.html]({r.folder}/report.html)"
     n = r.result
     yield f"- {n['trained']:,} of {n['total']:,} parameters trained, {n['steps']:,} steps; weights of step {n['best_step']:,}"
     if n["stopped"]:

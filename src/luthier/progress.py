@@ -16,6 +16,7 @@ from rich.text import Text
 from . import counts
 from .anatomy import numbers
 from .plugins import kind_of
+from .report.verdict import clock
 
 if TYPE_CHECKING:
     from .core import Base
@@ -221,6 +222,8 @@ class Reporter:
             )
         self.note(f"peak memory {r.peak_bytes / 1e9:.2f} GB; weights of step {r.best_step}")
         self.head(f"saved, read back and compared: {r.artefact}")
+        if (page := r.folder / "report.html").is_file():
+            self.note(f"report:      {page}")
 
 
 def rows_of(before: Measures, after: Measures) -> dict[str, tuple[str, str]]:
@@ -240,12 +243,6 @@ def rows_of(before: Measures, after: Measures) -> dict[str, tuple[str, str]]:
     for name, s in after.scores.items():
         out[name] = (str(before.scores[name]) if name in before.scores else "", str(s))
     return out
-
-
-def clock(seconds: float) -> str:
-    """ "1:02:03", or "2:03"."""
-    s = max(0, round(seconds))
-    return f"{s // 3600}:{s % 3600 // 60:02}:{s % 60:02}" if s >= 3600 else f"{s // 60}:{s % 60:02}"
 
 
 def _facts(step: Step, took: float) -> str:

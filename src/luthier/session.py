@@ -43,6 +43,7 @@ from .optim import Optimizer, default_lr, state_for
 from .plugins import kind_of
 from .progress import Reporter
 from .reading import fitted, form_of, order_of, read_data, sections, together
+from .report import card, page, recording
 from .rewards import Judge
 from .rollouts import Watch
 from .run import Run
@@ -88,7 +89,7 @@ def execute(run: Run, *, resume: Path | None = None, accept_changes: bool = Fals
 
     Raises LuthierError for what the user can put right, Interrupted after Ctrl-C.
     """
-    say = reporter or Reporter()
+    say, asked = reporter or Reporter(), run
     run, notes = build.resolve(run)
     for note in notes:
         say.note(note)
@@ -108,19 +109,22 @@ def execute(run: Run, *, resume: Path | None = None, accept_changes: bool = Fals
     run = fitted(run, prepared)
     folder = resume or _new_folder(run)
     try:
-        session = Session(run, folder, base, prepared, say)
+        session = Session(run, folder, base, prepared, say, asked)
         return session.go(state)
-    except BaseException:
+    except BaseException as e:
         if resume is None and not checkpoint.steps(folder):  # nothing half-written stays
             shutil.rmtree(folder, ignore_errors=True)
+        elif (folder / recording.FACTS).is_file():
+            recording.fail(folder, e)
+            _report(folder, say)
         raise
 
 
 class Session:
     """One run that is under way."""
 
-    def __init__(self, run: Run, folder: Path, base: Any, prepared: Prepared, say: Reporter):
-        self.folder, self.base, self.prepared, self.say = folder, base, prepared, say
+    def __init__(self, run: Run, folder: Path, base: Any, prepared: Prepared, say: Reporter, asked: Run):
+        self.folder, self.base, self.prepared, self.say, self.asked = folder, base, prepared, say, asked
         self.policy, self.objective = build.assemble(run, base)
         lr, why = (run.optim.lr, "as asked") if run.optim.lr is not None else default_lr(run.method, base.width)
         self.packed = base.packs and run.data.pack != "no"
@@ -217,6 +221,8 @@ class Session:
         if self.steps:
             self._check_disk()
         self._write_settings()
+        told = {"steps": self.steps, "packed": self.packed, "learning_rate": self.why_lr}
+        recording.begin(self.folder, self.asked, self.run, self.policy, self.prepared.train, self.prepared.facts, **told)
         if state is not None:
             checkpoint.restore(state, self.policy, self.optimizer, self.feed)
             self.progress = Progress(**state.facts["progress"])
@@ -241,8 +247,12 @@ class Session:
             after = self._finish(log)
         finally:
             log.close()
-        artefact = self.folder / adapter.writes(self.policy.method)
-        return self._result(after, artefact)
+        result = self._result(after, self.folder / adapter.writes(self.policy.method))
+        if result.seconds >= recording.WORTH_PREDICTING:
+            with suppress(LuthierError):
+                recording.predict(self.folder, self.run)
+        _report(self.folder, self.say)
+        return result
 
     def _train(self, log: Log) -> None:
         p, o = self.progress, self.run.optim
@@ -368,7 +378,9 @@ class Session:
             facts["replayed"] = replayed
         extra = {"training": facts, remembered.KEY: remembered.told(self.policy, self.run.model.template)}
         adapter.save(self.policy, self.folder / adapter.writes(self.policy.method), objective=self.objective, extra=extra)
-        atomic.as_json(self.folder / "result.json", facts)
+        trained, whole = counts.total(self.policy)
+        best = {"trained": trained, "total": whole, "peak_bytes": peak_bytes(self.run.place.device), "best_step": self._best(), "stopped": self.stopped}
+        atomic.as_json(self.folder / "result.json", facts | best)
         return after
 
     # --- pieces -------------------------------------------------------------------------------------------------------
@@ -436,7 +448,6 @@ class Session:
         trained, whole = counts.total(self.policy)
         p = self.progress
         before = Measures.from_dict(p.before)
-        best = p.best_step if self.run.evaluate.best and p.best_step else p.step
         return Result(
             self.folder,
             artefact,
@@ -448,10 +459,24 @@ class Session:
             p.seconds,
             p.tokens,
             peak_bytes(self.run.place.device),
-            best,
+            self._best(),
             self.stopped,
             forgetting.replayed(self.feed),
         )
+
+    def _best(self) -> int:
+        """The step whose weights are saved."""
+        p = self.progress
+        return p.best_step if self.run.evaluate.best and p.best_step else p.step
+
+
+def _report(folder: Path, say: Reporter) -> None:
+    """Write report.html, and the model card of a run that has finished."""
+    try:
+        card.write(folder)
+        page.write(folder)
+    except Exception as e:  # whatever is wrong with a report, what was trained is saved, and the run has ended as it has
+        say.warn(f"the report was not written ({type(e).__name__}: {e}); luthier runs report {folder} tries again")
 
 
 def _worth(now: Measures) -> float | None:

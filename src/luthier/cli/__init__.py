@@ -28,6 +28,7 @@ VERBS = {  # written here, so that --help imports nothing
     "quantize": "Store a model in codes of a few bits: GPTQ, fitted to a text, or NF4 or int8.",
     "export": "Write an adapter in the layout of other programs.",
     "data": "Look at training data as the model will see it; collect preferences, from people or from a judge.",
+    "runs": "List the runs there are, show one, compare two, write a run's report again.",
     "kinds": "List the methods, objectives, precisions, places and tasks there are.",
     "doctor": "Say whether this machine and its packages are fit, and how fast they are.",
 }

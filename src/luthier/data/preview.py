@@ -66,20 +66,24 @@ def spans(row: Row, tokenizer: Any) -> list[tuple[str, bool]]:
     return [(after[len(before) :], bool(row.train[start])) for before, after, start in zip(texts, texts[1:], edges, strict=False)]
 
 
+def pieces(row: Row, tokenizer: Any) -> list[tuple[str, bool | None]]:
+    """`spans` of a row with the middle of a long one left out: there stands how many tokens that were, and None."""
+    gap = len(row) - HEAD - TAIL
+    if gap <= 0:
+        return [*spans(row, tokenizer)]
+    return [*spans(_part(row, 0, HEAD), tokenizer), (f" ... {gap:,} tokens ... ", None), *spans(_part(row, len(row) - TAIL, len(row)), tokenizer)]
+
+
 def shown(row: Row, tokenizer: Any, *, colour: bool) -> Text:
     """A row: trained tokens in bold green on a terminal, in brackets elsewhere; the middle of a long one left out."""
     out = Text()
-    gap = len(row) - HEAD - TAIL
-    pieces: list[Row | int] = [row] if gap <= 0 else [_part(row, 0, HEAD), gap, _part(row, len(row) - TAIL, len(row))]
-    for piece in pieces:
-        if isinstance(piece, int):
-            out.append(f" ... {piece:,} tokens ... ", style="italic")
-            continue
-        for text, trained in spans(piece, tokenizer):
-            if colour:
-                out.append(text, style="bold green" if trained else "dim")
-            else:
-                out.append(f"{OPEN}{text}{CLOSE}" if trained else text)
+    for text, trained in pieces(row, tokenizer):
+        if trained is None:
+            out.append(text, style="italic")
+        elif colour:
+            out.append(text, style="bold green" if trained else "dim")
+        else:
+            out.append(f"{OPEN}{text}{CLOSE}" if trained else text)
     return out
 
 

@@ -1,1 +1,1 @@
-"""What was found, for people and machines: as plain values, in a terminal, as a page."""
+"""What is told of a run after it: report.html, the model card, and the tables of `luthier runs`, all from the files in the run's folder."""

@@ -52,8 +52,8 @@ def command(
     from rich.console import Console
 
     from ...core import LuthierError
-    from ...report.plain import plain
-    from ...report.terminal import show
+    from ...findings.plain import plain
+    from ...findings.terminal import show
 
     if keep and fix is None:
         raise LuthierError("--keep says what --fix leaves as it is; give --fix OUT too")
@@ -70,7 +70,7 @@ def command(
         data["fixed"] = _fix(inspection, report, fix, keep or [])
     if html is not None:
         from ...atomic import text
-        from ...report.page import page
+        from ...findings.page import page
 
         text(html, page(data, " ".join(["luthier data check", *sys.argv[3:]] if sys.argv[1:3] == ["data", "check"] else ["luthier data check", *what])))
     if json:
