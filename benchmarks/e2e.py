@@ -254,7 +254,7 @@ def settings(entry: Entry, threads: int) -> tuple[float | None, dict[str, Any]]:
         lr, i = min(found, key=lambda k: found[k])
         tried = [rate for rate, start in found if start == i]
         beyond = lr / 3 if lr == min(tried) else lr * 3 if lr == max(tried) else None
-        if beyond is None or len(tried) >= MOST_RATES:
+        if beyond is None or beyond > 1 or len(tried) >= MOST_RATES:  # optim.lr is at most 1
             return lr, entry.starts[i]
         attempt(float(f"{beyond:.0e}"), i)
 
