@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from .facts import GENERAL, HELD_OUT, Facts, Number
 
 LOWER = (HELD_OUT, GENERAL)  # measures of which less is better
+FEW = 10  # rows: resampling fewer gives intervals that are far too narrow
 
 
 def clock(seconds: float) -> str:
@@ -83,7 +84,9 @@ def _gained(before: dict[str, Number], after: dict[str, Number], *, finished: bo
         path = f"{b.value:.{b.digits}f}" if d.value == 0 else f"from {a.value:.{a.digits}f} to {b.value:.{b.digits}f} ({signed(d)})"
         unit = f" per {b.unit.rpartition('.')[2].removesuffix('s')}" if name == HELD_OUT and b.unit else ""
         rows = f", n = {b.n:,}" if b.n is not None else ""
-        doubt = "; the interval holds zero, so this may be chance" if d.low is not None and d.high is not None and d.low <= 0 <= d.high else ""
+        doubt = "; the interval holds zero, so this may be chance" if d.value and d.low is not None and d.high is not None and d.low <= 0 <= d.high else ""
+        if name != HELD_OUT and b.n is not None and b.n < FEW:
+            doubt = "; so few rows say next to nothing"
         worse = "; it got worse" if name == HELD_OUT and d.value > 0 else ""
         what = "The held-out loss" if name == HELD_OUT else f"The score {name}"
         yield f"{what}{unit} {verb} {path}{when}{rows}{worse}{doubt}."
