@@ -157,6 +157,28 @@ def test_classification_replays_text_beside_its_examples():
     assert step.units["examples"] == 4 and step.terms["replay"] > 1 and step.finite
 
 
+def test_of_a_step_that_is_not_finite_the_examples_at_fault_are_named_whichever_term_they_have():
+    """Terms of some micro-batches only were counted as if all had them, so that a replayed text was blamed on the data's first rows."""
+
+    class Odd(Text):
+        def loss(self, policy, batch):
+            out = super().loss(policy, batch)
+            return type(out)({"tokens": out.sums["tokens"] * (float("inf") if "made:2" in batch.where else 1.0)})
+
+    text = [batch_of([r], "replay") for r in tiny.rows(3, seed=2)]
+    data = batch_of([type(r)(r.ids, r.train, "data") for r in tiny.rows(2)])
+    step, *_ = train(
+        policy_of(Lora()),
+        Kept(Sft(), Odd(), weight=0.1),
+        Steps([data, *text]),
+        Optimizer(policy_of(Lora()).trained(), lr=0.0),
+        lr=lambda _: 0.0,
+        steps=1,
+        place=Place(on="cpu"),
+    )
+    assert not step.finite and step.where == ("made:2",)
+
+
 def test_a_coupled_objective_is_shown_its_own_batches_only():
     shown = []
 
