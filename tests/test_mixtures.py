@@ -125,6 +125,14 @@ def test_lists_of_files_are_put_end_to_end_as_ever(home):
     assert run.data.mix is None and run.data.files == run.data.train
 
 
+def test_a_source_written_as_a_file_takes_settings_from_the_command_line(home, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("data:\n  mix:\n    sources:\n      a: a.jsonl\n      b: [b.jsonl, c.jsonl]\n")
+    run = load_run(str(file), ["data.mix.rule=weights", "data.mix.sources.a.weight=2", "data.mix.sources.b.weight=1", "data.mix.sources.b.files.1=d.jsonl"])
+    assert run.data.mix is not None and [s.weight for s in run.data.mix.sources.values()] == [2.0, 1.0]
+    assert run.data.files == ("a.jsonl", "b.jsonl", "d.jsonl")
+
+
 WRITE = {"files": "pairs.jsonl"}
 TWO = {"kind": "multitask", "parts": {"x": "sft", "y": "text"}}
 

@@ -169,6 +169,29 @@ def spell_out(tree: Tree) -> None:
         elif short and not isinstance(value, dict):
             tree.values[name] = {short: value}
             tree.marks |= {(name, short, *k[1:]): m for k, m in list(tree.marks.items()) if k[:1] == (name,)}
+        if dataclasses.is_dataclass(inner := _one_of(hint)):
+            _spell_inside(tree, inner, tree.values.get(name), (name,))
+
+
+def _spell_inside(tree: Tree, cls: Any, values: Any, path: Key) -> None:
+    """The same for settings that lie in a mapping of the user's own names: `sources: {news: news.jsonl}` as {news: {files: news.jsonl}}."""
+    for name, hint in hints(cls).items() if isinstance(values, dict) else ():
+        inner, value, here = _one_of(hint), values.get(name), (*path, name)
+        if dataclasses.is_dataclass(inner):
+            _spell_inside(tree, inner, value, here)
+        elif typing.get_origin(inner) is dict and isinstance(value, dict) and (short := _short(typing.get_args(inner)[1])):
+            for key, given in value.items():
+                if given is not None and not isinstance(given, dict):
+                    value[key] = {short: given}
+                    n = len(here) + 1
+                    tree.marks |= {(*here, key, short, *k[n:]): m for k, m in list(tree.marks.items()) if k[:n] == (*here, key)}
+
+
+def _one_of(hint: Any) -> Any:
+    """The type, of one that may be None the other."""
+    inner, _, _ = unwrap(hint)
+    options = [a for a in typing.get_args(inner) if a is not type(None)]
+    return options[0] if typing.get_origin(inner) in (typing.Union, types.UnionType) and options else inner
 
 
 def _short(hint: Any) -> str | None:
