@@ -59,7 +59,7 @@ LAW: dict[str, set[str]] = {
     "precision": BASICS | {"bnb", "site"},
     "place": BASICS | {"site"},
     "objectives": {"core", "nn", "plugins"},
-    "data": {"core", "nn"},
+    "data": {"atomic", "core", "nn"},
     "tasks": {"core", "nn"},
     "optim": {"core", "nn"},
     "train": {"core", "nn", "optim", "policy"},

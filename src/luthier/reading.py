@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from .core import Base, LuthierError
-from .data.prepare import DECODER, Prepared, prepare
+from .data.kept import prepare_or_read
+from .data.prepare import DECODER, Prepared
 from .data.rows import Form
 from .run import Run
 
@@ -35,7 +36,7 @@ def read_data(run: Run, tokenizer: Any, *, positions: int, say: Callable[[str], 
     known: dict[str, Any] = {"problem": run.objective.problem, "labels": run.objective.labels} if run.objective.renders == "label" else {}
     if run.objective.renders == "prompts":
         known["beginning"] = run.objective.beginning
-    return prepare(
+    return prepare_or_read(
         d.train,
         tokenizer,
         renders=run.objective.renders,
@@ -54,6 +55,7 @@ def read_data(run: Run, tokenizer: Any, *, positions: int, say: Callable[[str], 
         validation_share=d.validation_share,
         validation_rows=d.validation_rows,
         seed=run.seed,
+        keep=d.cache,
         say=say,
         **known,
     )

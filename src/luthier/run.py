@@ -72,6 +72,8 @@ class Data:
     """A malformed row stops the run, or is skipped and counted."""
     pack: Literal["auto", "yes", "no"] = "auto"
     """Examples share rows without padding and without seeing one another. auto: where the model was found to allow it."""
+    cache: Literal["auto", "yes", "no"] = "auto"
+    """Keep prepared data on disk, and read it from there while nothing it depends on has changed. auto: from a million bytes of data up."""
 
 
 @dataclass(frozen=True, kw_only=True)
