@@ -59,7 +59,7 @@ def prepare_or_read(
     ``keep`` auto: from a million bytes of data up; yes: always, and where that cannot be it is said why; no: neither read nor written.
     """
     work = lambda tell: prepare(sources, tokenizer, say=tell, progress=progress, **settings)  # noqa: E731
-    if keep == "no":
+    if keep == "no" or (keep == "auto" and most() == 0):
         return work(say)
     try:
         given = _given(sources, settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from .cache import command as cache
 from .judge import command as judge
 from .prefer import command as prefer
 from .preview import command as preview
@@ -24,3 +25,4 @@ def data() -> None:
 app.command("preview")(preview)
 app.command("prefer")(prefer)
 app.command("judge")(judge)
+app.command("cache")(cache)
