@@ -24,6 +24,7 @@ LAW: dict[str, set[str]] = {
     "config": SETTINGS,
     "run": {"config", "plugins"},
     "stages": SETTINGS,
+    "importing": SETTINGS,
     "core": set(),
     "nn": set(),
     "families": set(),

@@ -78,7 +78,12 @@ def prepare_or_read(
     if (found := _read(path, say)) is not None:
         return found
     said: list[str] = []
-    prepared = work(lambda line: (said.append(line), say(line))[1])
+
+    def tell(line: str) -> None:
+        said.append(line)
+        say(line)
+
+    prepared = work(tell)
     if [_content(f) for f in files] == before:
         _write(path, prepared, said, given, say, keep)
     else:

@@ -200,5 +200,5 @@ def _digest(tensors: Mapping[str, np.ndarray], about: Mapping[str, str]) -> str:
     for name in sorted(tensors):
         t = np.ascontiguousarray(tensors[name])
         h.update(f"{name} {t.dtype.str} {t.shape} ".encode())
-        h.update(t.reshape(-1).view(np.uint8))
+        h.update(t.reshape(-1).view(np.uint8).data)
     return h.hexdigest()
