@@ -427,6 +427,8 @@ def test_a_value_that_is_not_accepted_is_refused_with_its_file_and_line(here: Pa
 def test_whose_it_is_is_told_from_its_keys_or_asked(here: Path) -> None:
     with pytest.raises(ConfigError, match="do not say whose it is; name the program: --from llama-factory, axolotl, trl"):
         translated(write(here, "learning_rate: 1e-4\nseed: 3"))
+    with pytest.raises(ConfigError, match="do not say whose it is"):
+        translated(write(here, "template: plain\nseed: 3"))  # one key alone could be anybody's
     with pytest.raises(ConfigError, match="a run file of this program already: luthier train"):
         translated(write(here, "model: fiddle\ndata: {train: a.jsonl}\nmethod: lora"))
     with pytest.raises(ConfigError, match="--from axolotle: known are .*; did you mean axolotl?"):
