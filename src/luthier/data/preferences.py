@@ -117,7 +117,7 @@ def _is_message(value: Any) -> bool:
     return isinstance(value, dict) and ("role" in value or "from" in value)
 
 
-def _begins_with_answer(messages: Sequence[Mapping[str, Any]]) -> bool:
+def _begins_with_answer(messages: Any) -> bool:
     return messages[0].get("role", messages[0].get("from")) in ("assistant", "gpt", "model")
 
 
