@@ -33,10 +33,31 @@ def folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     except BaseException as e:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(e, OSError) or "(os error " in str(e):  # safetensors wraps the system's error in one of its own
-            said = e.strerror if isinstance(e, OSError) and e.strerror else str(e).rpartition("I/O error: ")[2]
+        if said := _system_error(e):
             raise LuthierError(f"{path}: cannot be written: {said}; free space or choose another folder (out=FOLDER)") from e
         raise
+
+
+@contextmanager
+def file(path: Path) -> Iterator[Path]:
+    """A temporary file beside ``path`` that takes its place when the block ends well. Its name is this process's own: two may write the same at once."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        _sync(temporary)
+        temporary.rename(path)
+    except BaseException as e:
+        temporary.unlink(missing_ok=True)
+        if said := _system_error(e):
+            raise LuthierError(f"{path}: cannot be written: {said}; free space or choose another folder") from e
+        raise
+
+
+def _system_error(e: BaseException) -> str:
+    """What the system said was wrong; "" for any other error. safetensors wraps the system's error in one of its own."""
+    if isinstance(e, OSError):
+        return e.strerror or str(e)
+    return str(e).rpartition("I/O error: ")[2] if "(os error " in str(e) else ""
 
 
 def text(path: Path, content: str) -> None:

@@ -8,8 +8,9 @@ from functools import partial
 from typing import Any
 
 from .core import Base, LuthierError
+from .data.kept import prepare_or_read
 from .data.mixing import Drawn, Mixture, Rows, rates
-from .data.prepare import DECODER, Prepared, prepare
+from .data.prepare import DECODER, Prepared
 from .data.rows import Form
 from .data.streaming import Streamed
 from .mix import Mix, Source
@@ -50,7 +51,7 @@ def _read(run: Run, source: Source, *, objective: Any, tokenizer: Any, positions
     known: dict[str, Any] = {"problem": objective.problem, "labels": objective.labels} if objective.renders == "label" else {}
     if objective.renders == "prompts":
         known["beginning"] = objective.beginning
-    return prepare(
+    return prepare_or_read(
         source.files,
         tokenizer,
         **made_of(run, positions=positions - room, form=form, source=source, objective=objective),
@@ -62,6 +63,7 @@ def _read(run: Run, source: Source, *, objective: Any, tokenizer: Any, positions
         templates=[(t.prompt, t.completion) for t in source.templates],
         stream=source.buffer if source.stream else None,
         seed=run.seed,
+        keep=d.cache,
         say=say,
         **known,
     )

@@ -160,6 +160,9 @@ class Data:
     sample: Sample = Sample()
     """How often rows are drawn: labels evenly, or challenging rows more often."""
 
+    cache: Literal["auto", "yes", "no"] = "auto"
+    """Keep prepared data on disk, and read it from there while nothing it depends on has changed. auto: from a million bytes of data up."""
+
     def __post_init__(self) -> None:
         if self.mix is not None:
             for name, given in (("train", self.train), ("validation", self.validation), ("columns", self.columns)):

@@ -17,7 +17,7 @@ from luthier.data.codec import Codec
 from luthier.data.render import render_chat, render_chats, render_prompt, render_text, stop_ids
 from luthier.data.rows import Counts, Dropped
 from luthier.data.shapes import Chat, Document
-from luthier.data.templates import TEMPLATES
+from luthier.data.templates import TEMPLATES, Refused, Template
 
 LONG = 100_000
 
@@ -54,6 +54,37 @@ def trained_text(row: Row, tokenizer: Any) -> list[str]:
             runs[-1].append(token)
         before = on
     return [tokenizer.decode(r) for r in runs]
+
+
+@pytest.mark.parametrize("name", [None, *TEMPLATES])
+def test_texts_are_rendered_as_transformers_renders_them(name: str | None, chatml: Any) -> None:
+    """Ours leaves out what makes other values safe, and remembers prompts; what comes out must be the same, refusals included."""
+    ours = Template(chatml, name)
+    conversations = [chat(*THREE[:n], system=system).messages for n in range(1, 7) for system in (None, "Be brief.")]
+    compared = 0
+    for _ in range(2):  # the second time from memory
+        for messages in conversations:
+            for generation in (False, True):
+                try:
+                    theirs = chatml.apply_chat_template(messages, chat_template=ours.source, tokenize=False, add_generation_prompt=generation)
+                except Exception:
+                    with pytest.raises(Refused):
+                        ours.text(messages, generation=generation)
+                    continue
+                assert ours.text(messages, generation=generation) == theirs
+                compared += 1
+    assert compared >= 20
+
+
+def test_a_remembered_prompt_is_forgotten_with_the_template_and_the_tokens_it_was_made_by() -> None:
+    made = byte_bpe(template=CHATML + "{{ eos_token }}")
+    ours, asked = Template(made, None), [{"role": "user", "content": "Why?"}]
+    first = ours.text(asked, generation=True)
+    made.add_special_tokens({"eos_token": "<|im_end|>"})
+    second = ours.text(asked, generation=True)
+    made.chat_template = CHATML
+    third = ours.text(asked, generation=True)
+    assert first.endswith("</s>") and second.endswith("<|im_end|>") and third == first.removesuffix("</s>")
 
 
 # --- text -----------------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ VERBS = {  # written here, so that --help imports nothing
     "export": "Write an adapter in the layout of other programs.",
     "data": "Look at training data as the model will see it; collect preferences, from people or from a judge.",
     "runs": "List the runs there are, show one, compare two, write a run's report again.",
+    "import-config": "Translate a configuration of LLaMA-Factory, Axolotl or TRL into a run file.",
     "kinds": "List the methods, objectives, precisions, places and tasks there are.",
     "doctor": "Say whether this machine and its packages are fit, and how fast they are.",
 }
@@ -61,7 +62,11 @@ def main(argv: list[str] | None = None) -> int:
 def verbs() -> dict[str, str]:
     """The verbs whose files stand here, with their sentences."""
     here = Path(__file__).parent
-    return {v: s for v, s in VERBS.items() if (here / f"{v}.py").is_file() or (here / v).is_dir()}
+    return {v: s for v, s in VERBS.items() if (here / f"{_module(v)}.py").is_file() or (here / v).is_dir()}
+
+
+def _module(verb: str) -> str:
+    return verb.replace("-", "_")
 
 
 def _dispatch(args: list[str]) -> int:
@@ -80,7 +85,7 @@ def _dispatch(args: list[str]) -> int:
 def _run(verb: str, args: list[str]) -> int:
     import typer
 
-    module = import_module(f".{verb}", __name__)
+    module = import_module(f".{_module(verb)}", __name__)
     app = getattr(module, "app", None)
     if app is None:
         app = typer.Typer(add_completion=False)
@@ -100,7 +105,7 @@ def _run(verb: str, args: list[str]) -> int:
 
 
 def _help() -> str:
-    table = "\n".join(f"  {verb:<10}{sentence}" for verb, sentence in verbs().items())
+    table = "\n".join(f"  {verb:<15}{sentence}" for verb, sentence in verbs().items())
     return f"""luthier {__version__}: fine-tunes language models.
 
 Usage: luthier VERB [ARGUMENTS]        luthier VERB --help says what a verb takes

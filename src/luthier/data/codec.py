@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any, TypeVar
 
 import numpy as np
@@ -42,7 +43,8 @@ class Codec:
         if not texts:
             return []
         found = self._backend().encode_batch(list(texts), add_special_tokens=False)
-        return [(np.array(e.ids, dtype=np.int32), np.array(e.offsets, dtype=np.int64).reshape(-1, 2)) for e in found]
+        spans = lambda e: np.fromiter(chain.from_iterable(e.offsets), np.int64, 2 * len(e)).reshape(-1, 2)  # noqa: E731 (half the time of np.array)
+        return [(np.array(e.ids, dtype=np.int32), spans(e)) for e in found]
 
     def _backend(self) -> Any:
         self.reset()

@@ -25,7 +25,7 @@ PARTS = ("prompt", "system", "tools", "chosen", "rejected", "ranked", "completio
 PROMPTS = ("prompt", "question", "query", "instruction", "messages", "conversations", "conversation")
 ANSWERS = ("completion", "response", "answer", "output")
 LABELS = ("label", "kto_tag")
-REJECTED = ("rejected", "rejected_response")
+REJECTED = ("rejected", "rejected_response", "rejected_messages")
 RANKED = Shape("ranked", {"prompt": "prompt", "ranked": "ranked"})
 BETWEEN = "answers between the best and the worst of a ranking: it says which are better, not whether they are good"
 ALL_TIED = "records whose answers are all tied: which of them are good is not said"
@@ -117,6 +117,10 @@ def _is_message(value: Any) -> bool:
     return isinstance(value, dict) and ("role" in value or "from" in value)
 
 
+def _begins_with_answer(messages: Any) -> bool:
+    return messages[0].get("role", messages[0].get("from")) in ("assistant", "gpt", "model")
+
+
 def _truth(value: Any) -> bool | None:
     """True and false, also as 1 and 0; None for anything else."""
     return bool(value) if isinstance(value, bool) or (isinstance(value, int | float) and value in (0, 1)) else None
@@ -169,7 +173,10 @@ def _converted(record: Record, shape: Shape) -> Judged:
     else:
         names, answers = [column.get("chosen", column.get("prompt", "chosen")), column["rejected"]], [get("chosen"), get("rejected")]
         if "chosen" not in column:  # the conversation holds the better answer
-            prompt, answers[:1] = _last_answer(prompt, column["prompt"])
+            if _is_chat(answers[1]) and not _begins_with_answer(answers[1]):
+                answers[0] = prompt  # and the worse one stands in a conversation too
+            else:
+                prompt, answers[:1] = _last_answer(prompt, column["prompt"])
         ranks, margin = _pair_of(record, shape)
     if "input" in record.fields and column.get("prompt") == "instruction" and isinstance(prompt, str) and isinstance(record.fields["input"], str):
         prompt = "\n".join(x for x in (prompt, record.fields["input"]) if x.strip())
@@ -213,7 +220,7 @@ def _conversations(prompt: Any, answers: Sequence[Any]) -> tuple[list[list[dict[
     """Each answer behind its prompt, as messages, and how many messages are the prompt."""
     answers = [(turns(a) or a) if isinstance(a, str) and prompt is None else [a] if _is_message(a) else a for a in answers]
     prompt = (turns(prompt) or prompt) if isinstance(prompt, str) else prompt
-    if all(_is_chat(a) and a[0].get("role", a[0].get("from")) not in ("assistant", "gpt", "model") for a in answers):  # conversations with their prompt
+    if all(_is_chat(a) and not _begins_with_answer(a) for a in answers):  # conversations with their prompt
         return [list(a) for a in answers], _opening(answers)
     if prompt is None:
         if not all(isinstance(a, str) for a in answers):

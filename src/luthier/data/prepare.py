@@ -121,7 +121,7 @@ def prepare(
     if not groups:
         refuse_nothing(max_tokens, bad, counts, facts)
     fitted = _number_labels(groups, facts, problem, labels) if renders == "label" else None
-    validation = validation or _beside(sources, split, say)
+    validation = validation or beside(sources, split, say)
     if validation:
         v_bad, v_counts = Bad(on_bad_row), Counts()
         v_facts: dict[str, Any] = {}
@@ -256,7 +256,7 @@ def _fits(shape: Shape, name: str, how: _Reading, first: Sequence[Record]) -> No
         )
 
 
-def _beside(sources: Sequence[str], split: str, say: Say) -> list[str]:
+def beside(sources: Sequence[str], split: str, say: Say) -> list[str]:
     """The validation files of a folder that has them by name (valid.jsonl)."""
     found = []
     for source in sources:

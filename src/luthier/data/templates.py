@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,7 @@ class Template:
             self.name, self.source = template, _from_file(template)
         own = tokenizer.chat_template
         texts = [self.source] if self.source is not None else list(own.values()) if isinstance(own, dict) else [own]
+        self._openings: dict[tuple[Any, ...], str] = {}
         self.marks_responses = any(re.search(r"\{%-?\s*generation\s*-?%\}", t) for t in texts)
         self.takes_system = self._can([_SYSTEM, _USER, _ANSWER], None, ("probe_system",))
         self.takes_tools = self._can([_USER, _CALL, _RESULT, _ANSWER], _PROBE_TOOLS, ("probe_call", "probe_result", "probe_schema"))
@@ -92,11 +93,29 @@ class Template:
     def text(self, messages: Messages, tools: list[dict[str, Any]] | None = None, *, generation: bool = False) -> str:
         """The conversation as the model reads it; with ``generation``, up to where its answer begins."""
         try:
+            texts = messages and tools is None and all(m.keys() == _ONLY and type(m["role"]) is type(m["content"]) is str for m in messages)
+            if texts and (compiled := _compiled()) is not None:
+                return self._text_of_texts(messages, generation, compiled)
             return self.tokenizer.apply_chat_template(
                 messages, tools=tools, chat_template=self.source, tokenize=False, add_generation_prompt=generation
             )  # fmt: skip
         except Exception as e:  # a template is a program of someone else's: jinja errors, but also TypeError and KeyError
             raise Refused(" ".join(str(e).split())[:200] or type(e).__name__) from None
+
+    def _text_of_texts(self, messages: Messages, generation: bool, compiled: Callable[[str], Any]) -> str:
+        """The same for roles and contents alone: what transformers does with them, save that texts need not be made safe, nor prompts rendered twice."""
+        source, special = self.source or self.tokenizer.get_chat_template(), self.tokenizer.special_tokens_map
+        opening = generation and "strftime_now" not in source  # the same until the clock says otherwise
+        asked = (source, *special.items(), *((m["role"], m["content"]) for m in messages)) if opening else ()
+        if opening and asked in self._openings:
+            return self._openings[asked]
+        kept = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": generation}
+        text: str = compiled(source).render(**{**special, **kept})
+        if opening:
+            if len(self._openings) == OPENINGS:
+                self._openings.clear()
+            self._openings[asked] = text
+        return text
 
     def marked(self, messages: Messages, tools: list[dict[str, Any]] | None) -> tuple[str, list[tuple[int, int]]]:
         """The conversation and the character spans of its {% generation %} blocks."""
@@ -124,6 +143,8 @@ class Template:
         return messages, tools, notes
 
 
+_ONLY = {"role", "content"}
+OPENINGS = 4096  # prompts remembered as rendered: data often answers one several times
 _SYSTEM = {"role": "system", "content": "probe_system"}
 _USER = {"role": "user", "content": "probe_user"}
 _ANSWER = {"role": "assistant", "content": "probe_answer"}
@@ -135,6 +156,13 @@ _CALL = {
 }
 _RESULT = {"role": "tool", "name": "probe_call", "tool_call_id": "abcdef123", "content": "probe_result"}
 _PROBE_TOOLS = [{"type": "function", "function": {"name": "probe_schema", "description": "d", "parameters": {"type": "object", "properties": {}}}}]
+
+
+def _compiled() -> Callable[[str], Any] | None:
+    """The function of transformers that compiles a template, in its sandbox; None where a version has another."""
+    from transformers.utils import chat_template_utils
+
+    return getattr(chat_template_utils, "_compile_jinja_template", None)
 
 
 def _tools_as_text(messages: Messages, tools: list[dict[str, Any]] | None) -> Messages:

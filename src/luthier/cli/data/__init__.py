@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from .cache import command as cache
 from .check import command as check
 from .judge import command as judge
 from .knowledge import command as knowledge
@@ -28,3 +29,4 @@ app.command("check")(check)
 app.command("prefer")(prefer)
 app.command("judge")(judge)
 app.command("knowledge")(knowledge)
+app.command("cache")(cache)
