@@ -43,3 +43,12 @@ def test_an_unfinished_run_has_no_card(run):
     (run / "result.json").unlink()
     (run / "adapter" / "README.md").unlink()
     assert card.write(run) is None and not (run / "adapter" / "README.md").exists()
+
+
+def test_an_adapter_in_adapterhubs_layout_opens_there_unless_it_says_more_than_that_can(run):
+    folder = run / "adapter"
+    (folder / "adapter_model.safetensors").rename(folder / "adapter.safetensors")
+    for inner, library in (({}, "adapter-transformers"), ({"architecture": "luthier"}, "luthier")):
+        (folder / "adapter_config.json").write_text(json.dumps({"config": inner}))
+        front, body = parts(card.markdown(read(run)))
+        assert front["library_name"] == library and ("load_adapter" in body) == (library == "adapter-transformers")

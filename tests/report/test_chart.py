@@ -49,6 +49,14 @@ def test_names_are_escaped_and_a_picture_says_its_first_and_last_value():
     assert "<loss>" not in figure and "&lt;loss&gt;" in figure and "a&amp;b: first 3, last 1.5" in figure
 
 
-@pytest.mark.parametrize(("value", "said"), [(0, "0"), (0.004, "0.004"), (1.5e-5, "1.50e-5"), (1234.5, "1,234"), (2_500_000, "2.5M"), (-0.25, "-0.25")])
+@pytest.mark.parametrize(("value", "said"), [(0, "0"), (0.004, "0.004"), (1.5e-5, "1.5e-5"), (1234.5, "1,234"), (2_500_000, "2.5M"), (-0.25, "-0.25")])
 def test_numbers_are_short(value, said):
     assert chart.short(value) == said
+
+
+def test_ticks_that_would_read_the_same_get_more_places():
+    assert chart.labels([5.5300, 5.5302, 5.5304]) == ["5.5300", "5.5302", "5.5304"] and chart.labels([5.53001, 5.53002]) == ["5.53001", "5.53002"]
+    assert chart.labels([1e6, 2e6]) == ["1M", "2M"]
+    for low in (0.0, 3.0, 1234.0):
+        said = chart.labels(chart.ticks(low, low + 1e-4))
+        assert len({*said}) == len(said) and [float(x.replace(",", "")) for x in said] == pytest.approx(chart.ticks(low, low + 1e-4))

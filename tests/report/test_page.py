@@ -146,3 +146,17 @@ def test_rollouts_have_their_own_curves(run):
         "Watched scores",
     ]
     assert len(points(figures[0])) == 4 and points(figures[0])[0][1] > points(figures[0])[3][1]  # a rising reward goes up
+
+
+def test_of_a_labelled_text_no_token_is_marked_as_trained(made):
+    import numpy as np
+
+    from luthier.core import Row
+    from luthier.report.recording import shown
+    from tiny import tokenizer
+
+    row = Row(np.arange(5, 9, dtype=np.int32), np.ones(4, dtype=bool), "films:1", {"label": 1})
+    told = shown(row, tokenizer(), {"problem": "single", "labels": ["bad", "good"]})
+    assert [t for _, t in told["parts"][0]["text"]] == [False] and told["parts"][0]["said"] == "4 tokens, label good"
+    several = Row(row.ids, row.train, "films:2", {"label": [1, 0, 1]})
+    assert shown(several, tokenizer(), {"problem": "several", "labels": ["a", "b", "c"]})["parts"][0]["said"].endswith("label a, c")

@@ -51,7 +51,7 @@ def test_what_got_worse_what_may_be_chance_and_what_was_not_measured_are_said(ru
     def worse(r):
         r["after"]["loss"]["value"] = r["before"]["loss"]["value"] + 1
         r["before"]["scores"]["exact_match"] |= {"value": 0.1, "low": 0.0, "high": 0.3}
-        r["after"]["scores"]["exact_match"] |= {"value": 0.2, "low": 0.1, "high": 0.4}
+        r["after"]["scores"]["exact_match"] |= {"value": 0.2, "low": 0.1, "high": 0.4, "n": 50}
         r["after"]["general"] = None
 
     text = edited(run, worse)
@@ -62,7 +62,8 @@ def test_what_got_worse_what_may_be_chance_and_what_was_not_measured_are_said(ru
         r["after"]["general"] = {"value": r["before"]["general"]["value"] + math.log(1.1), "n": 5, "unit": "tokens"}
 
     text = edited(run, clear)
-    assert "chance" not in text and "the perplexity there is 10 % higher" in text
+    assert "so few rows say next to nothing" in edited(run, lambda r: r["after"]["scores"]["exact_match"].update(n=5))
+    assert "chance" not in text and "so few rows" not in text and "the perplexity there is 10 % higher" in text
 
 
 def test_overfitting_is_said_and_a_steady_fall_is_not(run):

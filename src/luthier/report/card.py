@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from . import verdict
 from .facts import GENERAL, Facts, mapping, read
 from .hashes import CARD
 
+ADAPTERHUB = "adapter-transformers"  # as the Hub calls the `adapters` library
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PIPELINES = {"sft": "text-generation", "text": "text-generation", "dpo": "text-generation", "kto": "text-generation", "orpo": "text-generation",
              "ppo": "text-generation", "grpo": "text-generation", "classify": "text-classification", "reward": "text-classification"}  # fmt: skip
@@ -46,7 +48,13 @@ def _library(facts: Facts) -> str:
     assert facts.artefact is not None
     if facts.artefact.name == "model":
         return "transformers"
-    return "peft" if (facts.artefact / "adapter_model.safetensors").is_file() and (facts.artefact / "adapter_config.json").is_file() else "luthier"
+    there = {p.name for p in facts.artefact.iterdir()}
+    if {"adapter_config.json", "adapter_model.safetensors"} <= there:
+        return "peft"
+    if not {"adapter_config.json", "adapter.safetensors"} <= there:
+        return "luthier"
+    config = json.loads((facts.artefact / "adapter_config.json").read_text(encoding="utf-8"))
+    return "luthier" if mapping(config.get("config")).get("architecture") == "luthier" else ADAPTERHUB  # what its layout cannot say is marked
 
 
 def _front(facts: Facts) -> dict[str, Any]:
@@ -95,6 +103,9 @@ def _load(facts: Facts) -> Iterator[str]:
         yield from ("", "With PEFT, in Python:", "", "```python", "from peft import PeftModel", f"from transformers import {auto}, AutoTokenizer", "")
         yield f'model = PeftModel.from_pretrained({auto}.from_pretrained("{base}"), "THIS_FOLDER")'
         yield from ('tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")', "```")
+    if library == ADAPTERHUB:
+        yield from ("", "With the `adapters` library, in Python, where `model` is its base:", "", "```python", "import adapters", "")
+        yield from ("adapters.init(model)", 'model.load_adapter("THIS_FOLDER", set_active=True)', "```")
     if library == "transformers" and not labels:
         yield from ("", "transformers opens the folder as any model.")
     if library == "luthier":

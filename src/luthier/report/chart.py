@@ -78,7 +78,16 @@ def short(value: float) -> str:
         return f"{value:,.0f}"
     if size == 0:
         return "0"
-    return f"{value:.4g}" if size >= 1e-3 else f"{value:.2e}".replace("e-0", "e-")
+    return f"{value:.4g}" if size >= 1e-3 else f"{value:.3g}".replace("e-0", "e-")
+
+
+def labels(values: Sequence[float], said: Callable[[float], str] = short) -> list[str]:
+    """What stands beside ticks: as ``said`` has it; with more decimal places where two of them would read the same."""
+    out = [said(v) for v in values]
+    if len({*out}) == len(out) or said is not short:
+        return out
+    places = max(0, -math.floor(math.log10(values[1] - values[0]) + 1e-3))
+    return [f"{v:,.{places}f}" for v in values]
 
 
 def thinned(points: Sequence[Point], most: int = MOST) -> list[Point]:
@@ -121,14 +130,16 @@ def line(
 
 def _axes(across: Scale, up: Scale, x: str, y: str, said: Callable[[float], str]) -> Iterator[str]:
     bottom = HEIGHT - BOTTOM
-    for value in ticks(up.low, up.high):
+    values = ticks(up.low, up.high)
+    for value, label in zip(values, labels(values, said), strict=True):
         at = up(value)
         yield f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.2f}" y2="{at:.2f}"/>'
-        yield f'<text x="{LEFT - 6}" y="{at + 3.5:.2f}" text-anchor="end">{escape(said(value))}</text>'
-    for value in ticks(across.low, across.high):
+        yield f'<text x="{LEFT - 6}" y="{at + 3.5:.2f}" text-anchor="end">{escape(label)}</text>'
+    values = ticks(across.low, across.high)
+    for value, label in zip(values, labels(values), strict=True):
         at = across(value)
         yield f'<line class="axis" x1="{at:.2f}" x2="{at:.2f}" y1="{bottom}" y2="{bottom + 4}"/>'
-        yield f'<text x="{at:.2f}" y="{bottom + 16}" text-anchor="middle">{escape(short(value))}</text>'
+        yield f'<text x="{at:.2f}" y="{bottom + 16}" text-anchor="middle">{escape(label)}</text>'
     yield f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{bottom}" y2="{bottom}"/>'
     yield f'<text class="unit" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x)}</text>'
     if y:

@@ -15,7 +15,9 @@ def over_steps(facts: Facts) -> Iterator[str]:
     """Losses, their gap, learning rate, gradient norm, memory, speed: a figure each, those that the run has numbers for."""
     train, evaluated = facts.events("train"), [*facts.events("before"), *facts.events("evaluation")]
     held = points(evaluated, "loss")
-    yield chart.line("Loss: training and held out", [Series("training", points(train, "loss")), Series("held out", held, dots=True)], y="loss")
+    yield chart.line(
+        "Loss: training and held out" if held else "Training loss", [Series("training", points(train, "loss")), Series("held out", held, dots=True)], y="loss"
+    )
     yield chart.line("Held-out loss minus training loss", [Series("gap", gap(train, facts.events("evaluation")), dots=True)], y="nats")
     yield chart.line("Loss on general text", [Series("general text", points(evaluated, "general_loss"), dots=True)], y="nats")
     yield chart.line("Learning rate", [Series("learning rate", points(train, "lr"))], zero=True)

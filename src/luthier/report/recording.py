@@ -116,8 +116,9 @@ def shown(row: Row, tokenizer: Any, data: Mapping[str, Any]) -> dict[str, Any]:
         said = f"{len(example):,} tokens, {int(example.train.sum()):,} trained"
         if ranks := row.extras.get("ranks"):
             said = f"answer {i + 1}, judged {ranks[i] + 1} of {max(ranks) + 1}: {said}"
-        if "label" in row.extras:
+        if "label" in row.extras:  # no token is a target
             said = f"{len(example):,} tokens, label {_label(row.extras['label'], data)}"
+            example = Row(example.ids, np.zeros(len(example), dtype=bool))
         parts.append({"said": said, "text": pieces(example, tokenizer)})
     return {"where": row.where, "parts": parts}
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from ..data.preview import MEANING
 from ..runfile import write
 from . import curves as curves_of
 from . import verdict as words
@@ -168,9 +169,9 @@ def examples(facts: Facts) -> str:
     if not isinstance(rows, list) or not rows:
         return ""
     marked = any(trained for row in rows for part in row["parts"] for _, trained in part["text"])
-    first = (
-        "<p><mark>Marked</mark> tokens are trained; the others are read, not learned.</p>" if marked else "<p>These tokens are read; no token is a target.</p>"
-    )
+    what = MEANING.get(facts.data.get("renders", ""), "") or "trained tokens"
+    first = f"<mark>Marked</mark> are the {e(what)}; the others are read, not learned." if marked else "These tokens are read; none of them is a target."
+    first = f"<p>{first}</p>"
     return first + "".join(
         f"<h3>{e(row['where'])}</h3>"
         + "".join(f'<p class="soft small">{e(p["said"])}</p><div class="example">{_coloured(p["text"])}</div>' for p in row["parts"])
