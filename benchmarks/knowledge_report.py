@@ -106,7 +106,7 @@ def _draw(tuned: dict[str, list[dict[str, Any]]]) -> list[str]:
     panels = (
         ("trained_exact_match", "trained rows: right", "epoch"),
         ("held_out_exact_match", "other known facts: right", "epoch"),
-        ("", "other known facts: right", "trained rows: right"),
+        ("", "other known facts, as the trained rows are fitted", "trained rows: right"),
     )
     for ax, (what, title, below) in zip(axes, panels, strict=True):
         for on, runs in tuned.items():
