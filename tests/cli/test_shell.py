@@ -44,9 +44,9 @@ def test_help_lists_every_verb_that_has_a_file_with_its_sentence(capsys):
     assert code == 0
     assert len(cli.verbs()) >= 8
     for name, sentence in cli.verbs().items():
-        assert f"  {name:<10}{sentence}\n" in out
+        assert f"  {name:<15}{sentence}\n" in out
     there = Path(cli.__file__).parent.glob("[!_]*")
-    files = {p.stem for p in there if p.suffix == ".py" or (p / "__init__.py").is_file()}
+    files = {p.stem.replace("_", "-") for p in there if p.suffix == ".py" or (p / "__init__.py").is_file()}
     assert files == set(cli.verbs()), "a verb's file without a line in cli.VERBS, or the other way round"
     assert said(capsys)[1] == said(capsys, "-h")[1] == out
 

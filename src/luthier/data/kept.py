@@ -154,7 +154,7 @@ def _write(path: Path, prepared: Prepared, said: list[str], given: Mapping[str, 
             if new.stat().st_size > room:
                 raise Unkeepable(f"it takes {new.stat().st_size / 1e9:.1f} GB and LUTHIER_DATA_CACHE_GB allows {room / 1e9:g} in all")
         _make_room(path, room)
-        say(f"kept for the next time: {path.stat().st_size / 1e6:,.0f} MB in {path.parent} (luthier data cache shows and clears it)")
+        say(f"kept for the next time: {path.stat().st_size / 1e6:,.1f} MB in {path.parent} (luthier data cache shows and clears it)")
     except Unkeepable as e:
         if keep == "yes":
             say(f"data.cache=yes: this data is not kept: {e}")
