@@ -178,7 +178,7 @@ OTHERS: dict[str, Any] = {
     "renders": "text", "max_tokens": 32, "form": Form(kind="encoder_decoder", start=3), "template": "zephyr", "shape": "prompt",
     "columns": {"prompt": "completion", "completion": "prompt"}, "split": "test", "languages": ("en",), "limit": 20, "over_length": "drop",
     "train_on": "last", "on_bad_row": "skip", "validation": "ANOTHER FILE", "validation_share": 0.3, "validation_rows": 3, "problem": "single",
-    "labels": ("a",), "seed": 1, "beginning": 3,
+    "labels": ("a",), "seed": 1, "beginning": 3, "templates": [("{prompt}?", "{completion}")], "stream": 10,
 }  # fmt: skip
 
 
