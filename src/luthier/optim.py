@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from .core import LuthierError, Method
 
 State = Literal["float32", "8bit", "paged-8bit"]
+FASTEST = 0.3  # of default learning rates
 SMALL = 4096  # a tensor of fewer numbers keeps its moments in float32, as in bitsandbytes
 
 
@@ -278,5 +279,6 @@ def default_lr(method: Method, width: int) -> tuple[float, str]:
     full = max(1e-5, 5e-5 * (768 / width) ** (1 if width >= 768 else 2))
     full = min(full, 2e-3)
     factor: float = getattr(method, "lr_factor", 1.0)
-    lr = float(f"{full * factor:.1e}")
-    return lr, f"{lr:g}: {full:.1e} for full fine-tuning at width {width}, times {factor:g} for this method"
+    lr = float(f"{min(full * factor, FASTEST):.1e}")
+    most = f", at most {FASTEST:g}" if full * factor > FASTEST else ""
+    return lr, f"{lr:g}: {full:.1e} for full fine-tuning at width {width}, times {factor:g} for this method{most}"

@@ -11,7 +11,7 @@ How it differs from the paper:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 from torch import Tensor
 
@@ -25,12 +25,15 @@ from ..prompts import Virtual
 class Method(Virtual):
     """Deep prompts."""
 
-    lr_factor: ClassVar[float] = 20.0
-
     hidden: Annotated[int | None, Range(1)] = None
     """Width of the MLP that makes the prompts during training. Default: none."""
     dropout: Annotated[float, Range(0, 0.99)] = 0.0
     """Dropout on the prompts' keys and values."""
+
+    @property
+    def lr_factor(self) -> float:
+        """Keys and values trained directly take forty times LoRA's rate (on E2E ninety times was best, docs/results.md); an MLP behind them takes LoRA's."""
+        return 400.0 if self.hidden is None else 10.0
 
     def attach(self, base: Base, name: str) -> Delta:
         """Make the prompts. Raises Incompatible where they leave no room, or the model's attention is its own."""

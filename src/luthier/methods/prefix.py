@@ -13,7 +13,7 @@ How it differs from the paper:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from torch import Tensor
 
@@ -27,14 +27,17 @@ from ..prompts import Virtual
 class Method(Virtual):
     """A prefix in every attention."""
 
-    lr_factor: ClassVar[float] = 10.0
-
     hidden: Annotated[int | None, Range(1)] = None
     """Width of the MLP that makes the prefix during training (512 or 800 in the paper). Default: none, trained directly."""
     init: Literal["text", "random"] = "text"
     """text: the keys and values of init_text (of sampled tokens, where the model has no tokenizer). random: small noise."""
     init_text: str = "Answer the request below clearly and correctly."
     """The text of init=text, repeated to the length."""
+
+    @property
+    def lr_factor(self) -> float:
+        """Keys and values trained directly take forty times LoRA's rate (on E2E ninety times was best, docs/results.md); an MLP behind them takes LoRA's."""
+        return 400.0 if self.hidden is None else 10.0
 
     def attach(self, base: Base, name: str) -> Delta:
         """Make the prefix. Raises Incompatible where it leaves no room, or the model's attention is its own."""
