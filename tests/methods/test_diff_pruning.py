@@ -189,7 +189,7 @@ def test_the_penalty_is_charged_while_gates_are_searched_and_closes_them():
     assert dear.history[0].metrics["penalty"] > dear.history[3].metrics["penalty"] > 0
     assert [s.metrics["penalty"] for s in dear.history[4:]] == [0.0] * 4
     mean = {n: torch.cat([p.detach().flatten() for k, p in d.delta.params.items() if k.endswith(".gate")]).mean() for n, d in (("c", cheap), ("d", dear))}
-    assert float(mean["d"]) < float(mean["c"]) - 0.5
+    assert float(mean["d"]) < float(mean["c"]) - 0.3  # of four steps: once the mask is fixed gates get no gradient, and rest
 
 
 def test_a_tensor_whose_gate_is_shut_by_chance_is_said_to_rest():

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from .. import __version__, atomic, counts
-from ..config import spelled
+from ..config import plain, spelled
 from ..core import Row, examples_of
 from ..data.preview import pieces
 from ..errors import Interrupted
@@ -103,7 +103,7 @@ def changed(settings: Any, path: str = "") -> Iterator[tuple[str, Any]]:
                 yield f"{key}.kind", kind_of(value)
             yield from changed(value, f"{key}.")
         elif value != default and f.init:
-            yield key, list(value) if isinstance(value, tuple) else value
+            yield key, plain(settings)[spelled(f.name)]
 
 
 def shown(row: Row, tokenizer: Any, data: Mapping[str, Any]) -> dict[str, Any]:
