@@ -27,7 +27,7 @@ VERBS = {  # written here, so that --help imports nothing
     "combine": "Combine several LoRA adapters of one base into one, by weights.",
     "quantize": "Store a model in codes of a few bits: GPTQ, fitted to a text, or NF4 or int8.",
     "export": "Write an adapter in the layout of other programs.",
-    "data": "Look at training data as the model will see it; collect preferences, from people or from a judge.",
+    "data": "Look at data before it is trained on: what the model sees, what is wrong, what it knows already; collect preferences.",
     "runs": "List the runs there are, show one, compare two, write a run's report again.",
     "import-config": "Translate a configuration of LLaMA-Factory, Axolotl or TRL into a run file.",
     "kinds": "List the methods, objectives, precisions, places and tasks there are.",
