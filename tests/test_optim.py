@@ -10,6 +10,7 @@ import torch
 import tiny
 from luthier.core import LuthierError
 from luthier.methods.full import Method as Full
+from luthier.methods.ia3 import Method as Ia3
 from luthier.methods.lora import Method as Lora
 from luthier.methods.partial import Method as Partial
 from luthier.methods.prefix import Method as Prefix
@@ -123,8 +124,8 @@ def test_default_learning_rates_follow_width_and_method():
     assert default_lr(Lora(), 4096)[0] == pytest.approx(1e-4)
     assert default_lr(Partial(biases=True, norms=True), 768)[0] == pytest.approx(5e-4)  # vectors alone
     assert default_lr(Partial(biases=True, last_blocks=1), 768)[0] == pytest.approx(5e-5)
-    assert default_lr(Prefix(), 256)[0] == pytest.approx(400 * default_lr(Full(), 256)[0]) and default_lr(Prefix(hidden=8), 256) == default_lr(Lora(), 256)
-    assert default_lr(Prefix(), 32) == (0.3, "0.3: 2.0e-03 for full fine-tuning at width 32, times 400 for this method, at most 0.3")
+    assert default_lr(Prefix(), 256)[0] == pytest.approx(40 * default_lr(Full(), 256)[0]) and default_lr(Prefix(hidden=8), 256) == default_lr(Lora(), 256)
+    assert default_lr(Ia3(), 32) == (0.3, "0.3: 2.0e-03 for full fine-tuning at width 32, times 300 for this method, at most 0.3")
     lr, why = default_lr(Lora(), 256)
     assert lr == pytest.approx(10 * default_lr(Full(), 256)[0]) and "width 256" in why
 

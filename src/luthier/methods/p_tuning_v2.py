@@ -32,8 +32,8 @@ class Method(Virtual):
 
     @property
     def lr_factor(self) -> float:
-        """Keys and values trained directly take forty times LoRA's rate (on E2E ninety times was best, docs/results.md); an MLP behind them takes LoRA's."""
-        return 400.0 if self.hidden is None else 10.0
+        """Four times LoRA's rate where keys and values are trained directly: a small decoder did best at far more, a small BERT at less (docs/log.md)."""
+        return 40.0 if self.hidden is None else 10.0
 
     def attach(self, base: Base, name: str) -> Delta:
         """Make the prompts. Raises Incompatible where they leave no room, or the model's attention is its own."""
