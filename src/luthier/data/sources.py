@@ -102,7 +102,7 @@ def _hub(source: str, split: str, stream: bool) -> Iterator[Record]:
 
     name, _, config = source.partition(":")
     try:
-        rows = datasets.load_dataset(name, config or None, split=split, streaming=stream)
+        rows = datasets.load_dataset(name, config or None, split=split, **({"streaming": True} if stream else {}))
     except Exception as e:  # every layer below (files, network, scripts) has errors of its own
         raise LuthierError(f"{source}: {_hub_reason(name, split, e)}") from None
     for i, row in enumerate(rows):
