@@ -25,6 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .apart import numbers_of
+
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "benchmarks" / "results" / "e2e"
 MOST_RATES = 7  # of one start
@@ -201,26 +203,12 @@ def run(task: dict[str, Any], label: str, threads: int) -> dict[str, Any]:
         if file.is_file():
             return json.loads(file.read_text())
         began = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.e2e", "--one", json.dumps(task)],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            raise SystemExit(f"{label}: failed\n{done.stderr[-3000:]}")
-        numbers = json.loads(done.stdout.splitlines()[-1])
-        numbers |= {"threads": threads, "date": time.strftime("%Y-%m-%d"), "commit": _commit()}
+        numbers = numbers_of("benchmarks.e2e", task, label, threads) | {"threads": threads}
         KEPT.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(numbers, indent=1) + "\n")
     bleu = f", BLEU {numbers['bleu']['value']:.1f}" if "bleu" in numbers else ""
     print(f"{time.strftime('%H:%M')} {label}: loss {numbers['loss']:.3f}{bleu} ({time.perf_counter() - began:.0f} s)", flush=True)
     return numbers
-
-
-def _commit() -> str:
-    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 # --- search, then seeds ---------------------------------------------------------------------------------------------

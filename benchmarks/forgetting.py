@@ -14,13 +14,14 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from .apart import numbers_of
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "benchmarks" / "results" / "forgetting"
@@ -127,14 +128,9 @@ def run(task: dict[str, Any]) -> None:
     if file.is_file():
         return
     began = time.perf_counter()
-    command = [sys.executable, "-m", "benchmarks.forgetting", "--one", json.dumps(task)]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{task['name']}, seed {task['seed']}: failed\n{done.stderr[-3000:]}")
-    numbers = json.loads(done.stdout.splitlines()[-1])
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    numbers = numbers_of("benchmarks.forgetting", task, f"{task['name']}, seed {task['seed']}", 1)
     KEPT.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(numbers | {"date": time.strftime("%Y-%m-%d"), "commit": commit}, indent=1) + "\n")
+    file.write_text(json.dumps(numbers, indent=1) + "\n")
     said = f"target {numbers['target']:.3f}, general text {numbers['general_before']:.3f} to {numbers['general']:.3f}"
     print(f"{time.strftime('%H:%M')} {task['name']}, seed {task['seed']}: {said} ({time.perf_counter() - began:.0f} s)", flush=True)
 

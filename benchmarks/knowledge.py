@@ -18,12 +18,13 @@ import json
 import os
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from .apart import numbers_of
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "benchmarks" / "results" / "knowledge"
@@ -212,12 +213,9 @@ def run(task: dict[str, Any]) -> None:
     if file.is_file() and (task["stage"] != "teach" or (work() / "taught" / "model").is_dir() or not _left()):
         return
     began = time.perf_counter()
-    done = subprocess.run([sys.executable, "-m", "benchmarks.knowledge", "--one", json.dumps(task)], cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{task['name']}: failed\n{done.stderr[-3000:]}")
+    told = numbers_of("benchmarks.knowledge", task, task["name"])
     took = time.perf_counter() - began
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    numbers = {**task, **json.loads(done.stdout.splitlines()[-1]), "seconds": round(took, 1), "date": time.strftime("%Y-%m-%d"), "commit": commit}
+    numbers = {**task, **told, "seconds": round(took, 1)}
     KEPT.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(numbers, indent=1, ensure_ascii=False) + "\n")
     print(f"{time.strftime('%H:%M')} {task['name']}: {took:.0f} s", flush=True)

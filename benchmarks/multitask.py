@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from .apart import numbers_of
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "benchmarks" / "results" / "multitask"
@@ -179,24 +180,11 @@ def run(task: dict[str, Any], kept: Path, threads: int) -> dict[str, Any]:
     if file.is_file():
         return json.loads(file.read_text())
     began = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.multitask", "--one", json.dumps(task)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise SystemExit(f"{task['name']}, seed {task['seed']}: failed\n{done.stderr[-3000:]}")
-    numbers = json.loads(done.stdout.splitlines()[-1]) | {"threads": threads, "date": time.strftime("%Y-%m-%d"), "commit": _commit()}
+    numbers = numbers_of("benchmarks.multitask", task, f"{task['name']}, seed {task['seed']}", threads) | {"threads": threads}
     kept.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(numbers) + "\n")
     print(f"{time.strftime('%H:%M')} {task['name']}, seed {task['seed']}: {time.perf_counter() - began:.0f} s", flush=True)
     return numbers
-
-
-def _commit() -> str:
-    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 # --- the table ------------------------------------------------------------------------------------------------------
