@@ -85,7 +85,10 @@ def _sources(facts: Facts) -> str:
 def _training(facts: Facts) -> str:
     o, told = mapping(facts.settings.get("optim")), facts.told
     per = f"{o['batch_examples']:,} examples" if o.get("batch_examples") else f"{o.get('batch_tokens', 0):,} tokens"
-    rate = f"; learning rate {o['lr']:g}, {told.get('learning_rate', 'as asked')}" if isinstance(o.get("lr"), int | float) else ""
+    why = str(told.get("learning_rate", "as asked"))  # of a default: the rate and where it is from, as default_lr says it
+    if isinstance(o.get("lr"), int | float) and not why.startswith(f"{o['lr']:g}:"):
+        why = f"{o['lr']:g}, {why}"
+    rate = f"; learning rate {why}" if isinstance(o.get("lr"), int | float) else ""
     return f"{facts.planned:,} steps of {per}{', packed' if told.get('packed') else ''}{rate}; seed {facts.settings.get('seed', 0)}"
 
 
