@@ -115,6 +115,7 @@ LAW: dict[str, set[str]] = {
         "policy",
         "reading",
         "references",
+        "rewards",
         "run",
         "stages",
         "vocabulary",

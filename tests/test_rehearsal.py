@@ -101,6 +101,15 @@ def test_nothing_is_written_where_a_stage_cannot_run(home, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_file_of_ones_own_that_gives_no_reward_is_found_before_the_first_stage(home, tmp_path):
+    (tmp_path / "empty.py").write_text("def measure(prompt, answer, row):\n    return 1.0\n")
+    asked = {"model": str(home / "base"), "precision": "float32", "data": str(home / "chats.jsonl"), "method": "lora", "objective": {"kind": "grpo"}}
+    for source, sentence in ((f"{tmp_path}/empty.py", "stage a: .*empty.py: defines no function reward and no Task"), ("./no.py", "there is no './no.py'")):
+        stages = load_stages({"stages": {"a": asked | {"objective": {"kind": "grpo", "rewards": {source: 1.0}}}}})
+        with pytest.raises(LuthierError, match=sentence):
+            rehearse(stages, stages.stages, {})
+
+
 def test_good_stages_pass_and_say_so(home):
     stages, said = load_stages(tree(home)), []
     tried = rehearse(stages, stages.stages, {}, say=said.append)

@@ -142,13 +142,25 @@ def test_a_function_sees_the_prompt_the_answer_and_the_record(home, policy):
     assert prompt == [{"role": "user", "content": "Is this fine film?"}] == row["prompt"] and said == "yes" and row["level"] == 3
 
 
+def test_a_task_of_ones_own_rewards_by_its_first_score_or_by_the_one_that_is_named(home, policy):
+    (home / "own.py").write_text(
+        "class Task:\n    def rows(self, split):\n        return []\n\n"
+        "    def score(self, row, answer):\n        return {'length': len(answer), 'refs': len(row['refs'])}\n"
+    )
+    answers = [answer(policy, "so fine", refs=["a", "b"]), answer(policy, "no", refs=["a"])]
+    assert judged(f"{home}/own.py", policy, answers) == judged(f"{home}/own.py:Task", policy, answers) == [7.0, 2.0]
+    assert judged(f"{home}/own.py:refs", policy, answers) == [2.0, 1.0]
+    with pytest.raises(LuthierError, match="own.py:nothing': the task scored .* with length, refs, so it cannot reward"):
+        judged(f"{home}/own.py:nothing", policy, answers)
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [
         ("nan", r"reward .*mine.py:nan: gave nan for an answer to data.jsonl:7: 'hello'; a finite number is needed"),
         ("none", r"mine.py: none failed on an answer to data.jsonl:7: TypeError: float\(\) argument"),
         ("broken", r"mine.py: broken failed on an answer to data.jsonl:7: KeyError: 'no'"),
-        ("missing", r"mine.py: defines no function missing; it defines reward, kind, nan, none, broken; name one"),
+        ("missing", r"mine.py: defines no function missing and no Task; it defines reward, kind, nan, none, broken; name a function"),
     ],
 )
 def test_what_is_wrong_with_a_function_is_one_sentence(function, message, home, policy):

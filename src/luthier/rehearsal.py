@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import adapter, build, difficulty, forgetting, references, vocabulary
+from . import adapter, build, difficulty, forgetting, references, rewards, vocabulary
 from .core import Base, LuthierError
 from .data.prepare import Prepared
 from .data.sources import files_of
@@ -142,6 +142,7 @@ def _check_files(stage: Stage) -> None:
     for name in _scored_by(run):
         if is_path(name) and not name.startswith(PREFIX) and not any(Path(n).expanduser().exists() for n in (name, name.rpartition(":")[0]) if n):
             raise LuthierError(f"objective.rewards: there is no {name!r}; name a run's folder, an earlier stage (stage:NAME), a task or a Python file")
+        rewards.check_own(name)
     if stage.model_from is None:
         locate(run.model, weights=not run.model.random)
     begins = getattr(run.method, "from_", None)

@@ -4,7 +4,7 @@
     runs/stars:good      one trained with objective: classify; the log-odds of that label for the answer
     bleu, exact_match    a task, against the references of the prompt's record; `instruments:facts` for one of its scores, `exact_match after="Answer:"` with
                          settings, quoted as in a shell
-    ./mine.py            your function reward(prompt, answer, row) -> a number; ./mine.py:name for another function
+    ./mine.py            your function reward(prompt, answer, row) -> a number, or your Task; ./mine.py:name for another function, or a score of the Task
 
 The same names serve `objective.watch`, whose scores are only looked at.
 """
@@ -94,7 +94,7 @@ def open_source(name: str, policy: Policy, voice: str) -> Scoring:
     where, part = _parts(name)
     path = Path(where).expanduser()
     if where.endswith(".py"):
-        return own_function(path, part or "reward")
+        return own(path, part, name)
     if where.strip() and (folder := adapter.artefact(path)) is not None:
         return of_model(folder, part, policy, voice, name)
     raise LuthierError(
@@ -195,7 +195,11 @@ def of_task(kind: str, name: str) -> Scoring:
         raise LuthierError(f"rewards: {name!r}: {odd[0]!r} is no setting; say name=value")
     cls = plugin("tasks", kind)
     given = {key: _value(cls, key, text) for key, _, text in (s.partition("=") for s in settings)}
-    task: Any = read_settings(cls, given, f"rewards: {kind}") if given else cls()
+    return _by_task(read_settings(cls, given, f"rewards: {kind}") if given else cls(), part, name)
+
+
+def _by_task(task: Any, part: str, name: str) -> Scoring:
+    """The score ``part`` of every answer, the first where none is named."""
 
     def score(answers: Sequence[Answer]) -> list[float]:
         out = []
@@ -217,8 +221,11 @@ def _value(cls: type, key: str, text: str) -> Any:
     return text if unwrap(hints(cls).get(key))[0] is str else parse(text, f"rewards: {key}", lines=False).values
 
 
-def own_function(path: Path, function: str) -> Scoring:
-    """The user's function (prompt, answer, row) -> a number. prompt: a text or messages; row: the prompt's record, with "refs" where it has answers."""
+def own(path: Path, part: str, name: str) -> Scoring:
+    """The user's file: its function ``part`` (default: reward) of (prompt, answer, row) -> a number, or the score ``part`` (default: the first) of its Task.
+
+    prompt: a text or messages; row: the prompt's record, with "refs" where it has answers. Raises LuthierError for a file without either.
+    """
     if not path.is_file():
         raise LuthierError(f"rewards: there is no file {path}; paths are read from the current folder")
     spec = importlib.util.spec_from_file_location(f"luthier_reward_{path.stem}", path)
@@ -228,10 +235,15 @@ def own_function(path: Path, function: str) -> Scoring:
         spec.loader.exec_module(module)
     except Exception as e:
         raise LuthierError(f"{path}: does not import: {type(e).__name__}: {e}") from e
-    own = getattr(module, function, None)
-    if not callable(own):
+    found, function = getattr(module, part or "reward", None), part or "reward"
+    if isinstance(found, type) and found.__name__ == "Task":
+        return _by_task(found(), "", name)
+    if not callable(found):
+        if hasattr(module, "Task"):
+            return _by_task(module.Task(), part, name)
         defined = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__]
-        raise LuthierError(f"{path}: defines no function {function}; it defines {', '.join(defined) or 'none'}; name one: {path}:NAME")
+        raise LuthierError(f"{path}: defines no function {function} and no Task; it defines {', '.join(defined) or 'none'}; name a function: {path}:NAME")
+    own = found
 
     def score(answers: Sequence[Answer]) -> list[float]:
         out = []
@@ -243,6 +255,13 @@ def own_function(path: Path, function: str) -> Scoring:
         return out
 
     return score
+
+
+def check_own(name: str) -> None:
+    """Raise LuthierError where a source is a Python file that gives no reward; other sources are not looked at."""
+    where, part = _parts(name)
+    if not _task_kind(name) and where.endswith(".py"):
+        own(Path(where).expanduser(), part, name)
 
 
 def _task(a: Answer) -> dict[str, Any]:
