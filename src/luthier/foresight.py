@@ -43,12 +43,9 @@ class Foresight:
         if self.memory is not None:
             parts.append(f"{size(self.memory.total)} of memory at its peak")
         if self.time is not None:
-            total = (
-                f", {clock(self.time.training)} of training and {clock(self.time.total - self.time.training)} of evaluation"
-                if self.time.training and self.time.total
-                else ""
-            )
-            parts.append(f"{seconds(self.time.step)} a step{total}")
+            parts.append(f"{seconds(self.time.step)} a step")
+            if self.time.training is not None and self.time.total is not None:
+                parts += [f"{clock(self.time.training)} of training", f"{clock(self.time.total - self.time.training)} of held-out loss"]
         return "; ".join([*(["predicted: " + ", ".join(parts)] if parts else []), *self.why])
 
     def against(self, *, peak: int, training: float, steps: int) -> str:

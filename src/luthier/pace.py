@@ -134,7 +134,7 @@ class Machine:
     def _measure(self, call: Call, spec: TreeSpec) -> tuple[float, float]:
         """(seconds, part that was run)."""
         smaller, part = part_of(call)
-        for tried, share in [(smaller, part)] + ([(call, 1.0)] if part < 1 else []):
+        for tried, share in dict.fromkeys([(smaller, part), (call, 1.0), (of_one_type(call), 1.0)]):
             try:
                 return usual(self._runs(tried, spec), self.device) / share, share
             except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):  # it takes no other shape, or asks for what only a run has
@@ -170,6 +170,12 @@ def usual(run: Callable[[], Any], device: torch.device) -> float:
         wait()
         took.append(time.perf_counter() - start)
     return sorted(took)[(len(took) - 1) // 4]
+
+
+def of_one_type(call: Call) -> Call:
+    """All numbers of the type of the first: what a kernel saves for its backward may be of another type on the meta device than it is here."""
+    floats = [(i, t) for i, t in call.tensors if t.dtype.is_floating_point]
+    return call.given({i: replace(t, dtype=floats[0][1].dtype) for i, t in floats})
 
 
 def part_of(call: Call) -> tuple[Call, float]:
