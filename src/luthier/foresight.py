@@ -78,7 +78,7 @@ def foresee(run: Run, prepared: Prepared | None, feed: Any = None, *, program: i
     plan = plan or Plan(fitting)
     needed, time = None, None
     try:
-        needed = plan.predict(fitting, device.type, program=program) if memory else None
+        needed = plan.predict(fitting, device.type, program=program).here(device) if memory else None
     except LuthierError as e:
         why.append(f"memory is not predicted: {e}")
     try:

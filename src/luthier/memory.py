@@ -70,6 +70,12 @@ class Prediction:
         return self.decodable if self.decodable < (room - there) / 3 else 0
 
 
+    def here(self, device: torch.device) -> Prediction:
+        """With the decoded weights that a run keeps beside its codes where this machine has room for them."""
+        kept = self.kept_decoded(machine(device)[1])
+        return replace(self, standing=self.standing | {"frozen weights kept decoded": kept}) if kept else self
+
+
 class Plan:
     """A run's modules on the meta device, which several predictions share: those that differ only in data, batches and recomputation."""
 
