@@ -18,6 +18,7 @@ BASICS = {"core", "nn", "anatomy", "packed"}
 LAW: dict[str, set[str]] = {
     "errors": set(),
     "names": set(),
+    "amounts": set(),
     "runfile": set(),
     "plugins": {"names"},
     "schema": {"plugins", "run"},
@@ -86,6 +87,11 @@ LAW: dict[str, set[str]] = {
     "saved": {"anatomy", "core", "kernels", "packed"},
     "microbatch": {"core", "nn", "reading", "run"},
     "memory": {"anatomy", "build", "core", "counts", "decoding", "measure", "microbatch", "optim", "packed", "prepacked", "policy", "run", "saved", "site"},
+    "pace": {"saved"},
+    "forecast": {"core", "memory", "microbatch", "optim", "pace", "run", "saved", "site"},
+    "fitting": {"amounts", "core", "memory", "plugins", "run"},
+    "headroom": {"core", "data", "foresight", "microbatch", "optim", "policy", "run"},
+    "foresight": {"amounts", "atomic", "core", "data", "forecast", "memory", "report", "run"},
     "voices": {"anatomy", "core", "adapter", "policy", "vocabulary"},
     "rewards": {"adapter", "config", "core", "data", "evaluate", "measure", "opening", "plugins", "policy", "reading", "remembered", "runfile", "voices"},
     "asking": {"core", "data", "evaluate", "nn", "plugins", "policy", "reading", "rewards"},
@@ -122,9 +128,9 @@ LAW: dict[str, set[str]] = {
     },
     "staleness": {"ledger", "stages"},
     "findings": {"data"},
-    "report": BASICS | {"atomic", "config", "counts", "data", "memory", "plugins", "policy", "run", "runfile"},
+    "report": BASICS | {"amounts", "atomic", "config", "counts", "data", "plugins", "policy", "run", "runfile"},
     "overview": {"ledger", "measure", "progress", "report", "stages"},
-    "progress": {"anatomy", "core", "counts", "crafting", "data", "measure", "plugins", "report", "train", "session"},
+    "progress": {"amounts", "anatomy", "core", "counts", "crafting", "data", "measure", "plugins", "report", "train", "session"},
 }
 ANYTHING_BUT_CLI = {"session", "relay", "__init__"}
 AXES = ("methods", "objectives", "precision", "place", "tasks", "speed")
@@ -223,7 +229,7 @@ def test_optional_packages_are_imported_inside_functions_and_the_peers_not_at_al
 
 
 def test_settings_and_verbs_load_without_torch():
-    light = SETTINGS | {"errors", "cli", "__init__", "__main__"}
+    light = SETTINGS | {"amounts", "errors", "cli", "__init__", "__main__"}
     heavy, count = [], 0
     for path, tree in parsed():
         if top(path) in light:

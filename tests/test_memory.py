@@ -15,7 +15,7 @@ import torch
 import tiny
 from luthier import build, microbatch, saved
 from luthier.core import LuthierError
-from luthier.memory import Plan, _step, _tensors, machine, predict
+from luthier.memory import Plan, machine, predict, stepping, tensors_of
 from luthier.microbatch import batch_of, shape_of
 from luthier.optim import Optimizer
 from luthier.packed import PackedLinear
@@ -58,8 +58,8 @@ def training(plan, run, device, once):
     """The peak of a training step, with equal blocks run once or all of them."""
     batch, scored = batch_of(shape_of(run, plan.policy.base), plan.policy.base, plan.objective)
     plan.policy.train()
-    ours = list(_tensors(plan.policy, plan.optimizer))
-    return saved.count(plan.policy, ours, device, lambda w: _step(plan.policy, plan.objective, batch, w), scored=scored, once=plan.stacks if once else None)
+    ours = list(tensors_of(plan.policy, plan.optimizer))
+    return saved.count(plan.policy, ours, device, lambda w: stepping(plan.policy, plan.objective, batch, w), scored=scored, once=plan.stacks if once else None)
 
 
 WAYS = [

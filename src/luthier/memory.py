@@ -70,6 +70,12 @@ class Prediction:
         return self.decodable if self.decodable < (room - there) / 3 else 0
 
 
+    def here(self, device: torch.device) -> Prediction:
+        """With the decoded weights that a run keeps beside its codes where this machine has room for them."""
+        kept = self.kept_decoded(machine(device)[1])
+        return replace(self, standing=self.standing | {"frozen weights kept decoded": kept}) if kept else self
+
+
 class Plan:
     """A run's modules on the meta device, which several predictions share: those that differ only in data, batches and recomputation."""
 
@@ -87,8 +93,8 @@ class Plan:
         self.trained, self.whole = counts.total(self.policy)
         self.stacks = saved.stacks(self.policy.lm, base.anatomy.stacks.values())
 
-    def predict(self, run: Run, device: str) -> Prediction:
-        """For this run, which shares the modules, on this kind of device."""
+    def predict(self, run: Run, device: str, *, program: int | None = None) -> Prediction:
+        """For this run, which shares the modules, on this kind of device. ``program``: bytes that the process took before it loaded a model; default: now."""
         base, lm = self.policy.base, self.policy.lm
         shape = shape_of(run, base)
         if run.recompute == "blocks":
@@ -98,7 +104,7 @@ class Plan:
         finally:
             if run.recompute == "blocks":
                 lm.activation_checkpointing_disable()
-        standing = {"program": _program(device)} | _standing(self.policy, self.optimizer, run.optim.state if device == "cuda" else "float32")
+        standing = {"program": _program(device, program)} | _standing(self.policy, self.optimizer, run.optim.state if device == "cuda" else "float32")
         standing["allocator"] = _allocator(device, max(moments.values(), key=lambda p: p.bytes))
         linears = [m for _, m in packed(lm)]
         auto = getattr(self.run.precision, "resident", "no") == "auto"
@@ -114,16 +120,16 @@ class Plan:
         )
 
     def _moments(self, run: Run, shape: Shape, device: str) -> dict[str, Peak]:
-        policy, ours = self.policy, list(_tensors(self.policy, self.optimizer))
+        policy, ours = self.policy, list(tensors_of(self.policy, self.optimizer))
         batch, scored = batch_of(shape, policy.base, self.objective)
         how: dict[str, Any] = {"scored": scored, "once": self.stacks}
         out = {}
         if self.optimizer is not None:
             policy.train()
-            out["training"] = saved.count(policy, ours, device, lambda w: _step(policy, self.objective, batch, w), **how)
+            out["training"] = saved.count(policy, ours, device, lambda w: stepping(policy, self.objective, batch, w), **how)
         policy.eval()
         if not out:
-            out["evaluation"] = saved.count(policy, ours, device, lambda w: _evaluate(policy, self.objective, batch, w), **how)
+            out["evaluation"] = saved.count(policy, ours, device, lambda w: evaluating(policy, self.objective, batch, w), **how)
         rows = ANSWER_ROWS if run.evaluate.tasks else run.evaluate.samples
         writes = {p.renders for p in parts_of(self.objective).values()} & {"chat", "text"}
         if rows and writes and policy.base.anatomy.kind != "encoder":
@@ -160,13 +166,18 @@ def machine(device: torch.device) -> tuple[int, int]:
 # --- what is there all the time ---------------------------------------------------------------------------------------
 
 
-def _program(device: str) -> int:
-    """Python and the libraries: on a GPU what the driver takes, else what this process, which has loaded them, takes now, and a little more."""
-    if device == "cuda":
-        return CUDA_CONTEXT
+def resident() -> int:
+    """Bytes of memory that this process takes now."""
     import psutil
 
-    return int(psutil.Process().memory_info().rss) + MORE_LIBRARIES
+    return int(psutil.Process().memory_info().rss)
+
+
+def _program(device: str, taken: int | None = None) -> int:
+    """Python and the libraries: on a GPU what the driver takes, else what a process that has loaded them takes (default: this one, now), and a little more."""
+    if device == "cuda":
+        return CUDA_CONTEXT
+    return (resident() if taken is None else taken) + MORE_LIBRARIES
 
 
 def _allocator(device: str, peak: Peak) -> int:
@@ -217,8 +228,8 @@ def _standing(policy: Policy, optimizer: Optimizer | None, state: str) -> dict[s
     return out
 
 
-def _tensors(policy: Policy, optimizer: Optimizer | None) -> Iterable[Tensor]:
-    """Everything that `_standing` counts."""
+def tensors_of(policy: Policy, optimizer: Optimizer | None) -> Iterable[Tensor]:
+    """Everything that counts as standing, or as there before."""
     yield from policy.parameters()
     yield from policy.buffers()
     if policy.delta is not None:
@@ -231,7 +242,7 @@ def _tensors(policy: Policy, optimizer: Optimizer | None) -> Iterable[Tensor]:
 # --- what comes and goes ----------------------------------------------------------------------------------------------
 
 
-def _step(policy: Policy, objective: Any, batch: Batch, watch: saved.Watch) -> None:
+def stepping(policy: Policy, objective: Any, batch: Batch, watch: saved.Watch) -> None:
     """A micro-batch, as train.py runs it."""
     delta = policy.delta
     if delta is not None and delta.on_step is not None:
@@ -251,7 +262,7 @@ def _step(policy: Policy, objective: Any, batch: Batch, watch: saved.Watch) -> N
 
 
 @torch.no_grad()
-def _evaluate(policy: Policy, objective: Any, batch: Batch, watch: saved.Watch) -> None:
+def evaluating(policy: Policy, objective: Any, batch: Batch, watch: saved.Watch) -> None:
     if objective.couples:
         with watch.saying(0.0):
             objective.couple(policy, [batch])

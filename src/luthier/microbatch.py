@@ -53,13 +53,22 @@ def shape_of(run: Run, base: Any) -> Shape:
     return Shape((longest,) * (budget // width) + ((rest,) if rest >= 8 else ()), texts, packed)
 
 
-def batch_of(shape: Shape, base: Any, objective: Any) -> tuple[Batch, int]:
-    """The micro-batch on meta, and how many of its positions are scored."""
+def made_up(shape: Shape, base: Any, objective: Any) -> Batch:
+    """The micro-batch, of any tokens, all trained."""
     parts = list(parts_of(objective).items())  # of several, each gets a row in turn
     rows = [replace(_row(n, i, base, parts[i % len(parts)][1]), task=parts[i % len(parts)][0]) for i, n in enumerate(shape.lengths)]
-    batch = objective.collate(rows, pad=0, packed=shape.packed)
-    scored = 0 if batch.targets is None else int((batch.targets != IGNORE).sum())
-    return batch.to(torch.device("meta")), scored
+    return objective.collate(rows, pad=0, packed=shape.packed)
+
+
+def batch_of(shape: Shape, base: Any, objective: Any) -> tuple[Batch, int]:
+    """The micro-batch on meta, and how many of its positions are scored."""
+    return on_meta(made_up(shape, base, objective))
+
+
+def on_meta(batch: Batch) -> tuple[Batch, int]:
+    """A batch without its values, and how many of its positions are scored."""
+    n = 0 if batch.targets is None else int((batch.targets != IGNORE).sum())
+    return batch.to(torch.device("meta")), n
 
 
 def _row(length: int, i: int, base: Any, objective: Any) -> Row:

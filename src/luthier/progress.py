@@ -14,9 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from . import counts
+from .amounts import clock
 from .anatomy import numbers
 from .plugins import kind_of
-from .report.verdict import clock
 
 if TYPE_CHECKING:
     from .core import Base

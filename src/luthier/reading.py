@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from .core import Base, LuthierError
+from .data.feed import Batches
 from .data.kept import prepare_or_read
 from .data.mixing import Drawn, Mixture, Rows, rates
 from .data.prepare import DECODER, Prepared
@@ -161,6 +162,26 @@ def order_of(run: Run, prepared: Prepared) -> Mixture | None:
     rate_M = rates(sizes, mix.rule, temperature=mix.temperature or 2.0, cap=mix.cap, weights=[s.weight or 0.0 for s in mix.sources.values()])
     streams = any(s.stream for s in mix.sources.values())
     return Mixture(sources, rate_M, run.seed, epoch_rows=None if streams else sum(n if mix.cap is None else min(n, mix.cap) for n in sizes))
+
+
+def batches_of(run: Run, prepared: Prepared, objective: Any, *, pad: int, packed: bool, order: Any = None) -> Batches:
+    """The micro-batches of the data, a step at a time; ``order``: of the rows, where it is not the run's own."""
+    o = run.optim
+    return Batches(
+        prepared.train,
+        objective.collate,
+        order=order_of(run, prepared) if order is None else order,
+        pad=pad,
+        packed=packed,
+        batch_tokens=o.batch_tokens,
+        batch_examples=o.batch_examples,
+        micro_tokens=o.micro_tokens,
+        epochs=o.epochs,
+        steps=o.steps,
+        seed=run.seed,
+        rank=run.place.rank,
+        size=run.place.size,
+    )
 
 
 def fitted(run: Run, prepared: Prepared) -> Run:

@@ -256,15 +256,24 @@ def _kind(block: nn.Module) -> tuple[Any, ...]:
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
-def count(policy: Any, ours: Iterable[Tensor], device: str, run: Callable[[Watch], Any], *, scored: int = 0, once: Stacks | None = None) -> Peak:
+def count(
+    policy: Any,
+    ours: Iterable[Tensor],
+    device: str,
+    run: Callable[[Watch], Any],
+    *,
+    scored: int = 0,
+    once: Stacks | None = None,
+    watching: Callable[[Iterable[Tensor], int], Watch] = Watch,
+) -> Peak:
     """Run something of a policy that lies on the meta device as on this kind of device (cpu, cuda, mps), and count.
 
     ``ours``: what is not counted, because it is there before. ``run`` gets the watch, and tells it when a forward is done. ``once``: the blocks that stand for
-    others (`stacks`); None: every block is run.
+    others (`stacks`); None: every block is run. ``watching``: makes the watch.
 
     Raises LuthierError for a model that asks for values.
     """
-    watch = Watch(ours, scored)
+    watch = watching(ours, scored)
     with ExitStack() as on:
         on.enter_context(_parts(policy, watch))
         if once is not None:

@@ -22,8 +22,24 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from . import __version__, adapter, atomic, build, checkpoint, config, counts, difficulty, forgetting, references, remembered, rollouts, vocabulary
-from .anatomy import modules
+from . import (
+    __version__,
+    adapter,
+    atomic,
+    build,
+    checkpoint,
+    config,
+    counts,
+    difficulty,
+    fitting,
+    forgetting,
+    headroom,
+    references,
+    remembered,
+    rollouts,
+    vocabulary,
+)
+from .anatomy import modules, numbers
 from .by_source import Told
 from .core import LuthierError, Row
 from .crafting import choose
@@ -33,16 +49,19 @@ from .data.order import Epochs
 from .data.prepare import Prepared
 from .data.replay import Beside
 from .data.rollout import Rollouts
+from .data.rows import sides
 from .errors import Interrupted
 from .evaluate import Score
 from .familiarity import Familiarity
+from .foresight import Foresight, as_long, foresee, is_long
 from .log import Log
 from .measure import Measures, Scorer
+from .memory import resident
 from .nn.schedule import factor
 from .optim import Optimizer, default_lr, state_for
 from .plugins import kind_of
 from .progress import Reporter
-from .reading import fitted, form_of, order_of, read_data, sections, together
+from .reading import batches_of, fitted, form_of, read_data, sections, together
 from .report import card, page, recording
 from .rewards import Judge
 from .rollouts import Watch
@@ -89,7 +108,7 @@ def execute(run: Run, *, resume: Path | None = None, accept_changes: bool = Fals
 
     Raises LuthierError for what the user can put right, Interrupted after Ctrl-C.
     """
-    say, asked = reporter or Reporter(), run
+    say, asked, program = reporter or Reporter(), run, resident()
     run, notes = build.resolve(run)
     for note in notes:
         say.note(note)
@@ -97,6 +116,9 @@ def execute(run: Run, *, resume: Path | None = None, accept_changes: bool = Fals
     difficulty.check(run)
     state = _state(run, resume, accept_changes, say)
     build.seed_everything(run.seed)  # random weights are drawn while the model is made
+    if run.place.ceiling is not None and getattr(run.precision, "resident", "") == "auto":
+        run = replace(run, precision=replace(run.precision, resident="no"))
+        say.note("precision.resident=no: decoded weights are not kept in memory beside the codes, because place.memory limits it")
     base = build.load(run.model, precision=run.precision, device=run.place.device, trains_base=run.method.edits == "weights")
     if base.tokenizer is None:
         build.load_tokenizer(run.model)  # says what is missing
@@ -107,9 +129,11 @@ def execute(run: Run, *, resume: Path | None = None, accept_changes: bool = Fals
     room = min(base.max_positions, base.tokenizer.model_max_length) - getattr(run.method, "shift", 0)
     prepared = read_data(run, base.tokenizer, positions=room, say=say.note, form=form_of(base))
     run = fitted(run, prepared)
+    if resume is None:
+        run = _in_memory(run, base, prepared, program, say)
     folder = resume or _new_folder(run)
     try:
-        session = Session(run, folder, base, prepared, say, asked)
+        session = Session(run, folder, base, prepared, say, asked, program)
         return session.go(state)
     except BaseException as e:
         if resume is None and not checkpoint.steps(folder):  # nothing half-written stays
@@ -120,11 +144,27 @@ def execute(run: Run, *, resume: Path | None = None, accept_changes: bool = Fals
         raise
 
 
+def _in_memory(run: Run, base: Any, prepared: Prepared, program: int, say: Reporter) -> Run:
+    """The run as it fits in memory; small ones are not looked at unless a ceiling was asked for. One that goes on keeps what it began with."""
+    ceiling = run.place.ceiling
+    if run.place.memory == "off" or (ceiling is None and numbers(base.model) < fitting.LARGE):
+        return run
+    try:
+        fit, notes = fitting.fitted(as_long(run, prepared.facts.get("longest")), fitting.Planner(), ceiling=ceiling, program=program)
+    except LuthierError:
+        if ceiling is not None:
+            raise
+        return run  # it cannot be counted, or what it goes on from is not there yet
+    for note in notes:
+        say.warn(note)
+    return replace(run, optim=fit.optim, recompute=fit.recompute)
+
+
 class Session:
     """One run that is under way."""
 
-    def __init__(self, run: Run, folder: Path, base: Any, prepared: Prepared, say: Reporter, asked: Run):
-        self.folder, self.base, self.prepared, self.say, self.asked = folder, base, prepared, say, asked
+    def __init__(self, run: Run, folder: Path, base: Any, prepared: Prepared, say: Reporter, asked: Run, program: int):
+        self.folder, self.base, self.prepared, self.say, self.asked, self.program = folder, base, prepared, say, asked, program
         self.policy, self.objective = build.assemble(run, base)
         lr, why = (run.optim.lr, "as asked") if run.optim.lr is not None else default_lr(run.method, base.width)
         self.packed = base.packs and run.data.pack != "no"
@@ -185,7 +225,7 @@ class Session:
         self.progress = Progress()
         self.why_lr = why
         self.stopped = ""
-        self.warned = False
+        self.warned = self.halved = False
 
     def _feed(self, run: Run) -> Batches | Beside | Rollouts:
         """The micro-batches: of the data, or of the model's own answers."""
@@ -193,25 +233,9 @@ class Session:
             feed = rollouts.feed_of(run, self.policy, self.prepared, packed=self.packed, say=self.say.note, tick=self.say.tick)
             self.judge = feed.judge  # type: ignore[assignment]
             return feed
-        return self.against.feed(self._batches(run))
-
-    def _batches(self, run: Run) -> Batches:
-        """The micro-batches of the data."""
-        return Batches(
-            self.prepared.train,
-            self.objective.collate,
-            order=order_of(run, self.prepared) if self.drawn is None else Epochs(self.prepared.train, run.seed, self.drawn.order),
-            pad=self.base.tokenizer.pad_token_id or 0,
-            packed=self.packed,
-            batch_tokens=run.optim.batch_tokens,
-            batch_examples=run.optim.batch_examples,
-            micro_tokens=run.optim.micro_tokens,
-            epochs=run.optim.epochs,
-            steps=run.optim.steps,
-            seed=run.seed,
-            rank=run.place.rank,
-            size=run.place.size,
-        )
+        order = None if self.drawn is None else Epochs(self.prepared.train, run.seed, self.drawn.order)
+        pad = self.base.tokenizer.pad_token_id or 0
+        return self.against.feed(batches_of(run, self.prepared, self.objective, pad=pad, packed=self.packed, order=order))
 
     # --- the run, top to bottom ---------------------------------------------------------------------------------------
 
@@ -222,6 +246,8 @@ class Session:
             self._check_disk()
         self._write_settings()
         told = {"steps": self.steps, "packed": self.packed, "learning_rate": self.why_lr}
+        foresight = self._foresee()
+        told |= foresight.facts() if foresight is not None else {}
         recording.begin(self.folder, self.asked, self.run, self.policy, self.prepared.train, self.prepared.facts, **told)
         if state is not None:
             checkpoint.restore(state, self.policy, self.optimizer, self.feed)
@@ -248,11 +274,20 @@ class Session:
         finally:
             log.close()
         result = self._result(after, self.folder / adapter.writes(self.policy.method))
-        if result.seconds >= recording.WORTH_PREDICTING:
-            with suppress(LuthierError):
-                recording.predict(self.folder, self.run)
+        if foresight is not None and (said := foresight.against(peak=result.peak_bytes, training=result.seconds, steps=result.steps)):
+            self.say.note(said)
         _report(self.folder, self.say)
         return result
+
+    def _foresee(self) -> Foresight | None:
+        """What the run will take, where it is long enough for that to be worth a moment."""
+        rows = [sum(sides(r)) for r in self.prepared.train[:1000]]
+        tokens = self.run.optim.batch_tokens if self.run.optim.batch_examples is None else self.run.optim.batch_examples * sum(rows) / max(1, len(rows))
+        if not is_long(self.run, counts.total(self.policy)[1], tokens, self.steps):
+            return None
+        found = foresee(self.run, self.prepared, self.feed, program=self.program)
+        self.say.note(found.said())
+        return found
 
     def _train(self, log: Log) -> None:
         p, o = self.progress, self.run.optim
@@ -260,11 +295,21 @@ class Session:
         watch = _Watch(self.optimizer, self._resting)
         unseen = set(self.objective.terms) if self.objective.renders == "mixed" else set()  # a task's head gets no gradient before its first row
         bad_in_a_row = 0
-        loop = train(self.policy, self.against.objective, self.feed, self.optimizer, lr=rate, steps=self.steps, start=p.step, clip=o.clip, place=self.run.place)
+        ours, how = (self.policy, self.against.objective, self.feed, self.optimizer), {"lr": rate, "steps": self.steps, "clip": o.clip, "place": self.run.place}
+        self._try_longest()
+        loop = train(*ours, start=p.step, **how)
         with _interrupts() as asked, self.say.training(self.steps, p.step) as bar:
             while True:
+                before = {} if self.halved else self.feed.state_dict()
                 began = time.perf_counter()
-                step = next(loop, None)
+                try:
+                    step = next(loop, None)
+                except (RuntimeError, MemoryError) as e:
+                    self._halve(e)
+                    self.optimizer.zero_grad()
+                    self.feed.load_state_dict(before)
+                    loop = train(*ours, start=p.step, **how)
+                    continue
                 if step is None:
                     break
                 took = time.perf_counter() - began
@@ -279,6 +324,8 @@ class Session:
                 if not unseen:
                     watch.check(step.step, last=step.step == self.steps)
                 last = step.step == self.steps
+                if not (last or self.halved) and (ceiling := self.run.place.ceiling) is not None and (peak := peak_bytes(self.run.place.device)) > ceiling:
+                    self._halve(None, f"{_bytes(peak)} were taken where place.memory is {_bytes(ceiling)}")
                 if step.step % (self.run.evaluate.every_steps or 1) == 0 or last:
                     self._evaluate(step, log)
                 if step.step % (self.run.checkpoint.every_steps or 1) == 0 or last or asked() or self.stopped:
@@ -287,6 +334,23 @@ class Session:
                     raise Interrupted(f"stopped after step {p.step} of {self.steps}, everything is saved; go on with: luthier train --resume {self.folder}")
                 if self.stopped:
                     break
+
+    def _try_longest(self) -> None:
+        """On a GPU, and under a ceiling, memory runs out now rather than in the third hour."""
+        if self.progress.step or (self.run.place.device.type != "cuda" and self.run.place.ceiling is None):
+            return
+        longest = self.prepared.facts.get("longest")
+        try:
+            headroom.try_longest(self.run, self.policy, self.objective, self.optimizer, longest, self.steps)
+        except (RuntimeError, MemoryError) as e:
+            self._halve(e)
+
+    def _halve(self, e: BaseException | None, why: str = "memory ran out") -> None:
+        """Smaller micro-batches, once; raises what is no want of memory, and the second time."""
+        if e is not None and (self.halved or not headroom.ran_out(e)):
+            raise e
+        self.say.warn(f"{why}: {headroom.halve(self.feed, e)}")
+        self.halved = True
 
     def _rollouts(self, step: int, log: Log) -> None:
         """Log what new rollouts were like, warn where the reward is gamed, and stop where the policy collapsed."""

@@ -6,8 +6,10 @@ import time
 
 import pytest
 
+from luthier.amounts import size
 from luthier.cli import main
-from luthier.cli.plan import Planner, changes, size, together, verdict
+from luthier.cli.plan import verdict
+from luthier.fitting import Planner, changes, together
 from luthier.run import Run
 
 SHAPE = {
@@ -92,14 +94,14 @@ def test_each_saving_is_a_prediction_and_the_order_is_from_cheap_to_dear(base):
     assert list(found) == ["optim.micro_tokens", "recompute", "optim.state", "data.max_tokens", "method"]  # no nf4: what trains is not packed
     assert all(total < p.total for name, total in found.items() if name != "data.max_tokens")
     assert p.total - found["optim.state"] == pytest.approx(6 * p.trained, rel=0.01)
-    settings, total = together(run, lambda r: planner.predict(r, "cuda"), int(found["recompute"]) - 1)
+    _, settings, total = together(run, lambda r: planner.predict(r, "cuda"), int(found["recompute"]) - 1)
     assert total < found["recompute"] and settings[0] == "optim.micro_tokens=2048" and settings[1] == "recompute=blocks"
 
 
 def test_a_verdict_says_what_is_left_and_what_decoded_weights_would_take(base):
     run = Run(model={"id": str(base)}, objective="text", precision="nf4", optim={"micro_tokens": 2048})
     p = Planner().predict(run, "cuda")
-    assert verdict(p, p.total - 10**9) == "does not fit, 1.0 GB short"
+    assert verdict(p, p.total - 10**9) == "does not fit, 1.00 GB short"
     floats = Planner().predict(Run(model={"id": str(base)}, objective="text", precision="bfloat16", optim={"micro_tokens": 2048}), "cuda")
     assert verdict(floats, round(floats.total * 1.01)).startswith("fits, but with only")
     work = p.moments["training"].bytes

@@ -77,9 +77,10 @@ def test_an_interval_column_is_no_measure_of_its_own(made):
 
 def test_the_prediction_of_memory_stands_beside_the_measurement(run):
     from luthier.config import load_run
+    from luthier.foresight import add_memory
     from luthier.report import page
 
-    recording.predict(run, load_run(str(run / "run.yaml"), ["place.on=cpu"]))
+    add_memory(run, load_run(str(run / "run.yaml"), ["place.on=cpu"]))
     told = json.loads((run / "facts.json").read_text())["memory"]
     longest = json.loads((run / "environment.json").read_text())["data"]["longest"]
     assert told["total"] > sum(n for k, n in told["parts"].items() if k.startswith("frozen")) > 0 and f"{longest}, packed" in told["batch"]

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..amounts import clock, seconds, size
 from .train import asked
 
 if TYPE_CHECKING:
+    from ..data.prepare import Prepared
+    from ..fitting import Planner
     from ..memory import Plan, Prediction
     from ..run import Run
     from ..stages import Stage, Stages
 
 SIZES = "12GB,24GB,48GB,80GB"
 TIGHT = 0.05  # of the memory: less than this to spare is little
-WORTH = 0.01  # of the total: a change that saves less is not named
 
 
 def command(
@@ -27,11 +28,13 @@ def command(
     method: Annotated[str | None, typer.Option(help="What trains: short for method=...")] = None,
     objective: Annotated[str | None, typer.Option(help="What the loss is: short for objective=...")] = None,
     stage: Annotated[str | None, typer.Option(help="Of a run file with stages: plan this one. Default: all of them, a line each.")] = None,
+    data: Annotated[bool, typer.Option(help="Read the data, for the lengths of its examples and the number of steps.")] = True,
     on: Annotated[str | None, typer.Option(help=f"GPUs to judge by, by their memory. Default: {SIZES}, without advice for those that are too small.")] = None,
 ) -> None:
-    """Predict the memory of a run: `luthier plan run.yaml recompute=blocks`, `luthier plan --model FOLDER method.rank=64 --on 24GB`.
+    """Predict the memory and the time of a run: `luthier plan run.yaml recompute=blocks`, `luthier plan --model FOLDER method.rank=64 --on 24GB`.
 
-    The micro-batch is the largest that the settings allow. 1 GB is 10^9 bytes; a GPU sold as 24 GB has a little more.
+    No weights are read: config.json is enough. Memory is that of the largest micro-batch that the settings (and the data, where it is named) allow. Time is for
+    this machine, as busy as it is now. 1 GB is 10^9 bytes; a GPU sold as 24 GB has a little more.
     """
     from ..config import ConfigError, load_run
     from ..stages import has_stages, load_stages
@@ -50,6 +53,8 @@ def command(
         run = load_run(file, settings)
 
     from .. import build
+    from ..fitting import Planner
+    from ..foresight import as_long
     from ..memory import machine
 
     run, notes = build.resolve(run)
@@ -57,10 +62,14 @@ def command(
         typer.echo(note)
     planner = Planner()
     here = run.place.device
+    everything, free = machine(here)
+    prepared = _read(run, planner.plan(run)) if data and run.data.files else None
+    run = as_long(run, prepared.facts.get("longest") if prepared is not None else None)
     p = planner.predict(run, here.type)
     for line in table(run, planner.plan(run), p):
         typer.echo(line)
-    everything, free = machine(here)
+    for line in times(run, planner.plan(run), prepared) if p.total <= free else ("\ntime is not predicted: the run does not fit here",):
+        typer.echo(line)
     typer.echo(f"\nthis machine, {size(free)} free of {size(everything)} on {here.type}: {verdict(p, free)}")
     q = p if here.type == "cuda" else planner.predict(run, "cuda")
     if q is not p:
@@ -85,6 +94,7 @@ def _of_stage(stages: Stages, stage: Stage) -> Run:
 def _each(stages: Stages, rooms: dict[str, int], file: str) -> None:
     """The peak of every stage, and which devices it fits."""
     from .. import build
+    from ..fitting import Planner
     from ..memory import machine
 
     planner = Planner()
@@ -100,9 +110,50 @@ def _each(stages: Stages, rooms: dict[str, int], file: str) -> None:
     typer.echo(f"one stage in full: luthier plan {file} --stage {stages.stages[-1].name}")
 
 
-def size(n: float) -> str:
-    """ "12.3 GB", or "45 MB"."""
-    return f"{n / 1e9:,.1f} GB" if n >= 1e9 else f"{n / 1e6:,.0f} MB"
+def _read(run: Run, plan: Plan) -> Prepared | None:
+    """The run's data; None where the model's folder holds no tokenizer to read it with."""
+    from ..reading import form_of, read_data
+
+    base = plan.policy.base
+    if base.tokenizer is None:
+        typer.echo(f"{run.model.id} has no tokenizer, so the data is not read: memory is for examples as long as may be, and steps are not counted")
+        return None
+    return read_data(run, base.tokenizer, positions=plan.policy.limit, say=lambda _: None, form=form_of(base))
+
+
+def times(run: Run, plan: Plan, prepared: Prepared | None) -> Iterator[str]:
+    """Steps, time and disk."""
+    from .. import checkpoint
+    from ..foresight import foresee
+    from ..reading import batches_of, fitted
+
+    feed = None
+    if prepared is not None and prepared.train and "rollouts" not in run.objective.needs:
+        run = fitted(run, prepared)
+        packed = plan.policy.base.packs and run.data.pack != "no"
+        feed = batches_of(run, prepared, plan.objective, pad=plan.policy.base.tokenizer.pad_token_id or 0, packed=packed)
+        rows, tokens = len(prepared.train), prepared.facts.get("tokens")
+        yield f"\ndata: {rows:,} rows" + (f", {tokens:,} tokens" if tokens else "") + f"; {feed.steps:,} steps, {_passes(run, feed, rows)}"
+    found = foresee(run, prepared, feed, plan=plan, memory=False)
+    t = found.time
+    if t is None:
+        yield from (f"\n{why}" for why in found.why)
+        return
+    said = f"time on this machine: {seconds(t.step)} a step, {t.tokens / t.step:,.0f} tokens/s"
+    if t.training is not None and t.total is not None:
+        said += f"; {clock(t.training)} of training"
+        if t.total > t.training:
+            said += f", {clock(t.total - t.training)} to measure the held-out loss {t.evaluations} times"
+    yield ("" if feed is not None else "\n") + said + "; writing answers, loading and saving come on top"
+    if plan.optimizer is not None:
+        one = checkpoint.size(plan.policy, plan.optimizer)
+        yield f"disk: {size(one * (run.checkpoint.keep + 1))} for checkpoints while it runs"
+
+
+def _passes(run: Run, feed: Any, rows: int) -> str:
+    if run.optim.steps is None:
+        return f"{run.optim.epochs:g} epoch{'s' if run.optim.epochs != 1 else ''}"
+    return f"about {feed.steps * feed.rows_per_step / max(1, rows):.2g} epochs"
 
 
 def _rooms(text: str) -> dict[str, int]:
@@ -158,76 +209,10 @@ def verdict(p: Prediction, room: int) -> str:
 # --- what would make it fit -------------------------------------------------------------------------------------------
 
 
-class Planner:
-    """Predictions, each made once; runs whose modules are the same share them."""
-
-    def __init__(self) -> None:
-        self.plans: dict[str, Plan] = {}
-        self.made: dict[str, Prediction] = {}
-
-    def plan(self, run: Run) -> Plan:
-        """The modules of a run on the meta device."""
-        from ..memory import Plan
-
-        key = repr((run.model, run.method, run.objective, run.precision, run.tokens, run.seed))
-        if key not in self.plans:
-            self.plans[key] = Plan(run)
-        return self.plans[key]
-
-    def predict(self, run: Run, device: str) -> Prediction:
-        """See memory.predict."""
-        key = repr((run, device))
-        if key not in self.made:
-            self.made[key] = self.plan(run).predict(run, device)
-        return self.made[key]
-
-
-@dataclass(frozen=True)
-class Change:
-    """A setting that takes less memory."""
-
-    setting: str
-    price: str
-    most: int  # bytes it could save at best
-    run: Run
-
-
-def changes(run: Run, p: Prediction) -> Iterator[Change]:
-    """Changes to a run, the cheapest first."""
-    o, s, edits = run.optim, p.shape, run.method.edits
-    longest, work = max(s.lengths), p.moments[p.worst].bytes
-    trained, frozen = (sum(n for name, n in p.standing.items() if name.startswith(what)) for what in (("trained", "gradients", "moments"), "frozen"))
-    if p.worst == "answers" and run.evaluate.tasks:
-        yield Change("evaluate.tasks=[]", "no task is scored", work, replace(run, evaluate=replace(run.evaluate, tasks=())))
-    elif p.worst == "answers":
-        yield Change("evaluate.samples=0", "no sample answers are written", work, replace(run, evaluate=replace(run.evaluate, samples=0)))
-    if len(s.lengths) > 1:
-        fewer = max(longest * s.texts, s.tokens // 2)
-        yield Change(f"optim.micro_tokens={fewer}", "the same results, a little slower", work, replace(run, optim=replace(o, micro_tokens=fewer)))
-    if run.recompute == "none":
-        yield Change("recompute=blocks", "the same results, a third to a half more time", work, replace(run, recompute="blocks"))
-    if o.state == "float32" and p.device == "cuda":
-        yield Change("optim.state=8bit", "moments in 8 bits, by bitsandbytes", trained // 2, replace(run, optim=replace(o, state="8bit")))
-    if not run.precision.packed and edits != "weights":
-        yield Change("precision=nf4", "a base in 4 bits, a little worse and slower", frozen, replace(run, precision=_plugin("precision", "nf4")))
-    if longest > 256:
-        yield Change(f"data.max_tokens={longest // 2}", "longer examples are cut", work, replace(run, data=replace(run.data, max_tokens=longest // 2)))
-    if getattr(run.method, "rank", 0) > 4:
-        rank = run.method.rank // 2
-        yield Change(f"method.rank={rank}", "learns a little less", trained, replace(run, method=replace(run.method, rank=rank)))
-    if edits == "weights":
-        yield Change("method=lora", "another method, which may learn less", p.total, replace(run, method=_plugin("methods", "lora")))
-
-
-def _plugin(package: str, kind: str) -> Any:
-    from ..plugins import plugin
-
-    return plugin(package, kind)()
-
-
 def _advise(planner: Planner, run: Run, device: str, name: str, room: int) -> None:
     """The changes that help, each with what it saves; and the cheapest of them together that fit."""
     from ..errors import LuthierError
+    from ..fitting import WORTH, changes, together
 
     p = planner.predict(run, device)
     before = p.total
@@ -246,37 +231,10 @@ def _advise(planner: Planner, run: Run, device: str, name: str, room: int) -> No
 
         saved = p.standing["allocator"]
         typer.echo(f"  {THRESHOLD + '=1000000':<30} saves {size(saved):>9}   in the environment: the same results, a quarter to a half more time")
-    said, total = together(run, lambda r: planner.predict(r, device), room)
+    _, said, total = together(run, lambda r: planner.predict(r, device), room)
     if not said:
         typer.echo("nothing of this helps; use a smaller base")
     elif total <= room:
         typer.echo(f"together they fit, in {size(total)}: {' '.join(said)}")
     else:
         typer.echo(f"all of it together takes {size(total)}, {size(total - room)} too much: {' '.join(said)}; use a smaller base or a larger device")
-
-
-def together(run: Run, predict: Callable[[Run], Prediction], room: int) -> tuple[list[str], int]:
-    """(settings, total): changes one after another, the cheapest first and each as far as it goes, until the run fits. One that does not help is left out."""
-    from ..errors import LuthierError
-
-    said: dict[str, str] = {}
-    now, passed = predict(run), set[str]()
-    while now.total > room:
-        change = next((c for c in changes(run, now) if c.setting.partition("=")[0] not in passed), None)
-        if change is None:
-            break
-        key = change.setting.partition("=")[0]
-        if change.most <= WORTH * now.total:
-            passed.add(key)
-            continue
-        try:
-            then = predict(change.run)
-        except LuthierError:
-            passed.add(key)
-            continue
-        if now.total - then.total <= WORTH * now.total:
-            passed.add(key)
-            continue
-        run, now = change.run, then
-        said[key] = change.setting
-    return list(said.values()), now.total

@@ -36,7 +36,7 @@ def html(facts: Facts) -> str:
                 ("Target against retention", sections.retention(facts)),
                 ("Samples, before and after", sections.samples(facts)),
                 ("What was trained", sections.parameters(facts)),
-                ("Memory: predicted and measured", sections.memory(facts)),
+                ("Memory and time: predicted and measured", sections.memory(facts)),
                 ("Files", sections.files(facts)),
                 ("Environment", sections.environment(facts)),
                 ("What to do next", sections.following(facts)),

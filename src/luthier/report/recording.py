@@ -11,7 +11,7 @@ import os
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,6 @@ from .facts import FACTS, FAILED
 EXAMPLES = 3  # rows that are shown with their trained tokens
 ANSWERS = 4  # at most so many answers of a judged row
 NAMES = ("name", "out")  # settings that are told elsewhere
-WORTH_PREDICTING = 60.0  # seconds of training from which on a prediction of memory is made unasked: it takes about a second
 
 
 def begin(folder: Path, asked: Run, run: Run, policy: Policy, train: list[Row], data: Mapping[str, Any], **more: Any) -> None:
@@ -73,21 +72,6 @@ def fail(folder: Path, error: BaseException) -> None:
             atomic.as_json(folder / FACTS, told | {"process": None})
         if not isinstance(error, Interrupted | KeyboardInterrupt):
             atomic.as_json(folder / FAILED, {"error": str(error) or type(error).__name__, "at": datetime.now().isoformat(timespec="seconds")})
-
-
-def predict(folder: Path, run: Run) -> None:
-    """Add the predicted memory of a run to its facts.json, for the longest example that its data holds."""
-    from ..memory import Plan
-
-    told = _read(folder / FACTS)
-    longest = _read(folder / "environment.json").get("data", {}).get("longest")
-    if isinstance(longest, int) and longest >= 8:
-        run = replace(run, data=replace(run.data, max_tokens=longest))
-    plan = Plan(run)
-    p = plan.predict(plan.run, run.place.device.type)
-    parts = dict(p.standing) | {f"{k}, {p.worst}": n for k, n in p.moments[p.worst].parts.items()}
-    told["memory"] = {"total": p.total, "parts": parts, "batch": str(p.shape), "longest": longest, "device": p.device}
-    atomic.as_json(folder / FACTS, told)
 
 
 def changed(settings: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -288,15 +288,25 @@ def memory(facts: Facts) -> str:
         return ""
     gpu = str(facts.environment.get("device", "cpu")).startswith("cuda")
     whose = "of tensors on the GPU" if gpu else "of the whole process, Python and libraries included"
+    took = _time(facts)
     if not told:
-        why = "It was not predicted: that takes a second or more, and is done unasked only after a minute of training"
-        return f"<p>Measured peak {whose}: {words.size(peak)}. {why}; <code>luthier runs report</code> adds it.</p>"
+        why = "It was not predicted: that takes about two seconds, and is not done for a run of a few" if not took else "It could not be predicted"
+        return f"<p>Measured peak {whose}: {words.size(peak)}. {why}; <code>luthier plan</code> does so.</p>{took}"
     total = int(told.get("total", 0))
     parts = [[e(PLAIN.get(k, k)), words.size(n)] for k, n in sorted(mapping(told.get("parts")).items(), key=lambda p: -p[1]) if n >= 1e6]
-    error = f"{abs(total - peak) / peak:.0%} too {'high' if total > peak else 'low'}"
-    first = f"<p>Predicted {words.size(total)}, measured {words.size(peak)} {whose}: the prediction is {error}.</p>"
+    first = f"<p>Predicted {words.size(total)}, measured {words.size(peak)} {whose}: the prediction is {words.off(total, peak)}.</p>{took}"
     note = f"Predicted for {e(told.get('batch', 'the largest micro-batch'))}, the longest row of this data in each place." if told.get("longest") else ""
     return first + table(["predicted", "bytes"], parts) + (f'<p class="soft small">{note}</p>' if note else "")
+
+
+def _time(facts: Facts) -> str:
+    """The predicted seconds of a step beside the measured ones; empty where there was no prediction."""
+    step = mapping(facts.told.get("time")).get("step")
+    took, steps = facts.result.get("seconds"), facts.result.get("steps")
+    if not isinstance(step, int | float) or not took or not steps:
+        return ""
+    measured = took / steps
+    return f"<p>A step was predicted to take {step:.3g} s and took {measured:.3g} s: the prediction is {words.off(step, measured)}.</p>"
 
 
 def files(facts: Facts) -> str:

@@ -5,24 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from ..amounts import clock, off, size
 from .facts import GENERAL, HELD_OUT, Facts, Number
 
+__all__ = ["clock", "off", "size"]  # words of this page too
 LOWER = (HELD_OUT, GENERAL)  # measures of which less is better
 FEW = 10  # rows: resampling fewer gives intervals that are far too narrow
-
-
-def clock(seconds: float) -> str:
-    """ "1:02:03", or "2:03"."""
-    s = max(0, round(seconds))
-    return f"{s // 3600}:{s % 3600 // 60:02}:{s % 60:02}" if s >= 3600 else f"{s // 60}:{s % 60:02}"
-
-
-def size(n: float) -> str:
-    """Bytes in words: "1.23 GB", "45 MB", "3 KB"."""
-    for unit, of, digits in (("GB", 1e9, 2), ("MB", 1e6, 0), ("KB", 1e3, 0)):
-        if n >= of:
-            return f"{n / of:,.{digits}f} {unit}"
-    return f"{n:,.0f} B"
 
 
 def difference(before: Number, after: Number) -> Number:

@@ -46,12 +46,12 @@ def _predict(run: object) -> None:
     from ... import build
     from ...config import load_run
     from ...errors import LuthierError
-    from ...report.recording import predict
+    from ...foresight import add_memory
 
     where = Path(str(run))
     try:
         asked = load_run(str(where / "run.yaml"))
         resolved, _ = build.resolve(replace(asked, model=replace(asked.model, offline=True)))
-        predict(where, resolved)
+        add_memory(where, resolved)
     except (LuthierError, OSError) as e:
         typer.echo(f"memory was not predicted: {e}")
