@@ -90,6 +90,7 @@ LAW: dict[str, set[str]] = {
     "pace": {"saved"},
     "forecast": {"core", "memory", "microbatch", "optim", "pace", "run", "saved", "site"},
     "fitting": {"amounts", "core", "memory", "plugins", "run"},
+    "advising": {"amounts", "core", "fitting", "memory", "plugins", "run"},
     "headroom": {"core", "data", "foresight", "microbatch", "optim", "policy", "run"},
     "foresight": {"amounts", "atomic", "core", "data", "forecast", "memory", "report", "run"},
     "voices": {"anatomy", "core", "adapter", "policy", "vocabulary"},

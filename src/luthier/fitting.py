@@ -73,8 +73,10 @@ def changes(run: Run, p: Prediction) -> Iterator[Change]:
     if longest > 256:
         yield Change(f"data.max_tokens={longest // 2}", "longer examples are cut", work, replace(run, data=replace(run.data, max_tokens=longest // 2)))
     if getattr(run.method, "rank", 0) > 4:
-        rank = run.method.rank // 2
-        yield Change(f"method.rank={rank}", "learns a little less", trained, replace(run, method=replace(run.method, rank=rank)))
+        rank, alpha = run.method.rank // 2, getattr(run.method, "alpha", None)
+        scaled = {} if alpha is None else {"alpha": alpha / 2}  # the scale, alpha / rank, stays
+        said = f"method.rank={rank}" + (f" method.alpha={alpha / 2:g}" if scaled else "")
+        yield Change(said, "learns a little less", trained, replace(run, method=replace(run.method, rank=rank, **scaled)))
     if edits == "weights":
         yield Change("method=lora", "another method, which may learn less", p.total, replace(run, method=_plugged("methods", "lora")))
 

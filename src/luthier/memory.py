@@ -69,7 +69,6 @@ class Prediction:
         there = sum(n for name, n in self.standing.items() if name == "program" or name.startswith("frozen"))
         return self.decodable if self.decodable < (room - there) / 3 else 0
 
-
     def here(self, device: torch.device) -> Prediction:
         """With the decoded weights that a run keeps beside its codes where this machine has room for them."""
         kept = self.kept_decoded(machine(device)[1])
