@@ -104,14 +104,11 @@ def test_what_does_not_fit_is_passed_over_and_the_base_is_packed_only_where_it_m
     least = Candidate("lora", 3, [])
     fit(least, run, planner, device="cuda", room=800_000_000)
     assert "precision=nf4" in least.made and least.run.precision.packed
-    wide = Candidate("lora", 3, [], {"rank": 64, "targets": ["all"]})
-    fit(wide, run, planner, device="cuda", room=least.prediction.total + 10_000_000)
-    assert (
-        not wide.refused
-        and wide.run.method.rank < 64
-        and wide.run.method.alpha / wide.run.method.rank == 16 / 64
-        and any(m.startswith("method.rank=") for m in wide.made)
-    )
+    narrow, wide = (Candidate("lora", 3, [], {"rank": rank, "alpha": 2.0 * rank, "targets": ["all"]}) for rank in (16, 64))
+    fit(narrow, run, planner, device="cuda", room=700_000_000)  # as small as it gets
+    fit(wide, run, planner, device="cuda", room=narrow.prediction.total + 20_000_000)
+    assert not wide.refused and wide.run.method.rank < 64 and wide.run.method.alpha == 2 * wide.run.method.rank
+    assert any(m.startswith("method.rank=") for m in wide.made)
     assert choose([Candidate("lora", 3, []), Candidate("ia3", 0, [])], run, planner, device="cuda", room=1000) == []
 
 
