@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from .by_name import open_task
 from .core import Answer, LuthierError, Row
 from .data.prepare import prepare
 from .data.render import stop_ids
 from .data.rollout import Sampling, sample
 from .evaluate import Score, score
 from .nn import intervals
-from .plugins import plugin
 from .policy import Policy
 from .reading import form_of
 from .rewards import Judge
@@ -63,7 +63,7 @@ def scored(judge: Judge, answers: Sequence[Answer], tasks: Sequence[str], *, see
     out: dict[str, Score] = {}
     said, rows = [a.text for a in answers], [dict(a.prompt.extras["task"]) for a in answers]
     for name in tasks:
-        out |= score(lambda _: said, plugin("tasks", name)(), rows, seed=seed)
+        out |= score(lambda _: said, open_task(name), rows, seed=seed)
     judge(answers)
     columns = {short: [a.scores[short] for a in answers] for short in judge.names.values()} | {"answer tokens": [float(len(a.ids)) for a in answers]}
     for name, values in columns.items():

@@ -4,7 +4,7 @@
     runs/stars:good      one trained with objective: classify; the log-odds of that label for the answer
     bleu, exact_match    a task, against the references of the prompt's record; `instruments:facts` for one of its scores, `exact_match after="Answer:"` with
                          settings, quoted as in a shell
-    ./mine.py            your function reward(prompt, answer, row) -> a number; ./mine.py:name for another function
+    ./mine.py            your function reward(prompt, answer, row) -> a number, or your class Task; ./mine.py:name for another function
 
 The same names serve `objective.watch`, whose scores are only looked at.
 """
@@ -23,17 +23,16 @@ from typing import Any
 import numpy as np
 
 from . import adapter, opening, remembered, voices
-from .config import read as read_settings
+from .by_name import task_and_part
 from .core import Answer, LuthierError, Row, join
 from .data.labels import Labelled
 from .data.preferences import Judged
 from .data.shapes import Chat
 from .evaluate import Score
 from .measure import predict, predict_texts, rewards, score_labels
-from .plugins import hints, kinds, plugin, unwrap
+from .plugins import kinds
 from .policy import Policy
 from .reading import form_of, read_data
-from .runfile import parse
 
 Scoring = Callable[[Sequence[Answer]], list[float]]
 LEAST_ODDS = 1e-6
@@ -89,8 +88,8 @@ def _task_kind(name: str) -> str:
 
 def open_source(name: str, policy: Policy, voice: str) -> Scoring:
     """A source by its name; ``voice``: what a delta on the policy's base is called there. Raises LuthierError where there is no such source."""
-    if kind := _task_kind(name):
-        return of_task(kind, name)
+    if _task_kind(name):
+        return of_task(name)
     where, part = _parts(name)
     path = Path(where).expanduser()
     if where.endswith(".py"):
@@ -184,18 +183,9 @@ def _by_label(model: Any, label: str, name: str) -> Scoring:
 # --- tasks and functions ---------------------------------------------------------------------------------------------
 
 
-def of_task(kind: str, name: str) -> Scoring:
+def of_task(name: str) -> Scoring:
     """A task's score of each answer by itself: the first it gives, or the one named. Raises LuthierError for settings the task does not have."""
-    try:
-        first, *settings = shlex.split(name)
-    except ValueError as e:
-        raise LuthierError(f'rewards: {name!r}: {str(e).lower()}; settings are quoted as in a shell: exact_match after="Answer: "') from None
-    part = first.partition(":")[2]
-    if odd := [s for s in settings if "=" not in s]:
-        raise LuthierError(f"rewards: {name!r}: {odd[0]!r} is no setting; say name=value")
-    cls = plugin("tasks", kind)
-    given = {key: _value(cls, key, text) for key, _, text in (s.partition("=") for s in settings)}
-    task: Any = read_settings(cls, given, f"rewards: {kind}") if given else cls()
+    task, part = task_and_part(name, "rewards")
 
     def score(answers: Sequence[Answer]) -> list[float]:
         out = []
@@ -212,11 +202,6 @@ def of_task(kind: str, name: str) -> Scoring:
     return score
 
 
-def _value(cls: type, key: str, text: str) -> Any:
-    """A task's setting as a run file would have it."""
-    return text if unwrap(hints(cls).get(key))[0] is str else parse(text, f"rewards: {key}", lines=False).values
-
-
 def own_function(path: Path, function: str) -> Scoring:
     """The user's function (prompt, answer, row) -> a number. prompt: a text or messages; row: the prompt's record, with "refs" where it has answers."""
     if not path.is_file():
@@ -229,6 +214,8 @@ def own_function(path: Path, function: str) -> Scoring:
     except Exception as e:
         raise LuthierError(f"{path}: does not import: {type(e).__name__}: {e}") from e
     own = getattr(module, function, None)
+    if own is None and function == "reward" and isinstance(getattr(module, "Task", None), type):
+        return of_task(shlex.quote(str(path)))
     if not callable(own):
         defined = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__]
         raise LuthierError(f"{path}: defines no function {function}; it defines {', '.join(defined) or 'none'}; name one: {path}:NAME")
