@@ -42,6 +42,8 @@ def compare(task: Task, rows: Sequence[Row], before: Sequence[str], after: Seque
     return {name: difference(first[name], second[name], seed=seed) for name in first}
 
 
+NOTHING = "the held-out data has nothing to score: no token of it is trained on"
+
 # --- held-out loss ---------------------------------------------------------------------------------------------------
 
 
@@ -93,7 +95,7 @@ def loss_on(policy: Any, objective: Objective, batches: Iterable[Batch]) -> Loss
     finally:
         policy.train(training)
     if not any(counts.values()):
-        raise LuthierError("the held-out data has nothing to score: no token of it is trained on")
+        raise LuthierError(NOTHING)
     return Losses(sums, counts, dict(objective.terms))
 
 

@@ -46,10 +46,18 @@ class Score:
         """For people: 45.9 [44.8, 47.0] n=630; shares get three digits."""
         return f"{self.numbers()} n={self.n}"
 
-    def numbers(self, sign: str = "") -> str:
-        """The value and its interval; ``sign``: "+" writes it before what is not negative."""
-        digits = 1 if max(abs(self.value), abs(self.high)) > 1.5 else 3
+    def numbers(self, sign: str = "", digits: int | None = None) -> str:
+        """The value and its interval, where it has one; ``sign``: "+" writes it before what is not negative."""
+        if digits is None:
+            digits = 1 if max(abs(self.value), abs(self.high)) > 1.5 else 3
+        if self.low != self.low:  # there is none
+            return f"{self.value:{sign}.{digits}f}"
         return f"{self.value:{sign}.{digits}f} [{self.low:{sign}.{digits}f}, {self.high:{sign}.{digits}f}]"
+
+
+def digits_of(measure: str) -> int | None:
+    """How many digits a measure is shown with; None: as its size asks."""
+    return 4 if measure.startswith(("loss per ", "bits per ")) or measure.endswith("bits_per_byte") else 2 if measure == "perplexity" else None
 
 
 def score_of(found: intervals.Interval) -> Score:
@@ -92,18 +100,17 @@ class Mark:
         """Its value over its rows."""
         return float(self.at(np.ones((1, self.rows)))[0])
 
-    def score(self, *, seed: int = 0) -> Score:
+    def interval(self, *, seed: int = 0, level: float = 0.95, times: int = 1000) -> intervals.Interval:
         """Its value with its interval. Raises ValueError where it is of no row."""
+        how: dict[str, Any] = {"seed": seed, "level": level, "times": times}
         if self.stats_NK is None:
-            return score_of(intervals.recounted(self.rows, self.at, seed=seed))
+            return intervals.recounted(self.rows, self.at, **how)
         own_NK = self.stats_NK[self.places]
-        if self.is_mean:
-            return score_of(intervals.mean(own_NK[:, 0], seed=seed))
-        return score_of(intervals.bootstrap(own_NK, self.statistic, seed=seed))
+        return intervals.mean(own_NK[:, 0], **how) if self.is_mean else intervals.bootstrap(own_NK, self.statistic, **how)
 
-    def copies(self, *, seed: int, times: int) -> np.ndarray:
-        """(times,) its value on as many resamples."""
-        return intervals.copies(self.rows, self.at, seed=seed, times=times)
+    def score(self, *, seed: int = 0) -> Score:
+        """The same at 95 %."""
+        return score_of(self.interval(seed=seed))
 
     def beside(self, other: Mark) -> Mark:
         """One mark over the rows of both, of which this one's come first: what it would be were some rows answered by one and some by the other."""
@@ -134,7 +141,7 @@ def of_task(task: Task, rows: Sequence[Row], answers: Sequence[str]) -> dict[str
 
     Names in the task's ``lower_is_better`` are better the lower they are.
     """
-    down = getattr(task, "lower_is_better", frozenset())
+    down: frozenset[str] = getattr(task, "lower_is_better", frozenset())
     each = [task.score(row, answer) for row, answer in zip(rows, answers, strict=True)]
     names = dict.fromkeys(k for said in each for k in said)
     out = {k: mean(k, [said.get(k) for said in each], lower_is_better=k in down) for k in names}

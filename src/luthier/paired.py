@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .core import LuthierError
-from .marks import Mark, Score, score_of
+from .marks import Mark, Score, digits_of, score_of
 from .nn import intervals
 
 
@@ -41,9 +41,9 @@ class Difference:
             return "alike" if self.value == self.low == self.high == 0 else "may be chance"
         return "worse" if (self.value > 0) == self.lower_is_better else "better"
 
-    def numbers(self) -> str:
+    def numbers(self, measure: str) -> str:
         """With its sign and its interval."""
-        return Score(self.value, self.low, self.high, self.n).numbers("+")
+        return Score(self.value, self.low, self.high, self.n).numbers("+", digits_of(measure))
 
 
 def difference(a: Mark, b: Mark, *, seed: int = 0) -> Score:
