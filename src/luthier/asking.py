@@ -57,5 +57,5 @@ def answered(policy: Policy, prompts: Sequence[Row], *, template: str | None, ma
 def rewarded(judge: Judge, answers: Sequence[Answer]) -> dict[str, Mark]:
     """The mean of every source of reward, and how long answers are."""
     judge(answers)
-    columns = {short: [a.scores[short] for a in answers] for short in judge.names.values()} | {"answer tokens": [float(len(a.ids)) for a in answers]}
-    return {name: mean(name, values) for name, values in columns.items()}
+    columns = {short: mean(short, [a.scores[short] for a in answers]) for short in judge.names.values()}
+    return columns | {"answer tokens": mean("answer tokens", [float(len(a.ids)) for a in answers], lower_is_better=None)}

@@ -57,6 +57,8 @@ def report(task: Any, rows: Sequence[Mapping[str, Any]], answers: Sequence[str],
 def _label(name: str, pairs: Sequence[tuple[Collection[str], Collection[str]]], seed: int) -> Label:
     given_N, said_N = (np.array([name in pair[side] for pair in pairs], dtype=np.float64) for side in (0, 1))
     both, given, said = int((given_N * said_N).sum()), int(given_N.sum()), int(said_N.sum())
-    f1 = intervals.ratio(2 * given_N * said_N, given_N + said_N, seed=seed)
     precision, recall = (score_of(intervals.share(both, n)) if n else None for n in (said, given))
-    return Label(name, given, said, precision, recall, score_of(f1) if given else None)
+    f1 = score_of(intervals.ratio(2 * given_N * said_N, given_N + said_N, seed=seed)) if recall is not None else None
+    if recall is not None and not both:  # a resample of rows that are all wrong is never right: what recall may be bounds it
+        f1 = Score(0.0, 0.0, 2 * recall.high * given / (given + said), given + said)
+    return Label(name, given, said, precision, recall, f1)

@@ -75,7 +75,7 @@ class Mark:
     stats_NK: np.ndarray | None = None
     places: np.ndarray  # sorted
     is_mean: bool = False  # of the first column of ``stats_NK``: the second is 1
-    lower_is_better: bool = False
+    lower_is_better: bool | None = False  # None: neither way is better
     made_of: tuple[Whole, Sequence[Row], Sequence[str]] | None = field(default=None, repr=False, compare=False)  # where there are no ``stats_NK``
 
     @property
@@ -123,7 +123,7 @@ class Mark:
         return replace(self, n=self.n + other.n, statistic=statistic, places=places)
 
 
-def mean(name: str, values_N: Sequence[float | None], *, lower_is_better: bool = False) -> Mark:
+def mean(name: str, values_N: Sequence[float | None], *, lower_is_better: bool | None = False) -> Mark:
     """The mean of the rows that have a value."""
     places = np.array([i for i, v in enumerate(values_N) if v is not None], dtype=np.int64)
     stats_NK = np.array([[0.0, 0.0] if v is None else [float(v), 1.0] for v in values_N]).reshape(-1, 2)

@@ -27,7 +27,7 @@ class Difference:
     high: float
     n: int
     p: float
-    lower_is_better: bool = False
+    lower_is_better: bool | None = False
 
     @property
     def is_clear(self) -> bool:
@@ -36,9 +36,11 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """In a word: better, worse, or that it may be chance."""
+        """In a word: better or worse (more or less, of what has no better), or that it may be chance."""
         if not self.is_clear:
             return "alike" if self.value == self.low == self.high == 0 else "may be chance"
+        if self.lower_is_better is None:
+            return "more" if self.value > 0 else "less"
         return "worse" if (self.value > 0) == self.lower_is_better else "better"
 
     def numbers(self, measure: str) -> str:

@@ -23,7 +23,7 @@ def by_row(policy: Policy, objective: Objective, rows: Sequence[Row], *, tokens:
 
     ``tokens``: positions in a forward. An objective that cannot say it by row is shown the rows one by one.
     """
-    pad, packed = policy.base.tokenizer.pad_token_id or 0, policy.base.packs
+    pad, packed = policy.pad, policy.base.packs
     place = {id(row): i for i, row in enumerate(rows)}
     terms = list(objective.terms)
     out = np.zeros((len(rows), 2 * len(terms)))

@@ -145,9 +145,9 @@ class Worst:
 
 
 def worst(mark: Mark, slices: Mapping[str, Mark], *, seed: int = 0) -> Worst | None:
-    """The slice with the worst value; None where fewer than two have enough rows."""
+    """The slice with the worst value; None where none has enough rows, or neither way is worse."""
     able = {name: m for name, m in slices.items() if m.rows >= LEAST and mark.rows - m.rows >= LEAST}
-    if not able:
+    if not able or mark.lower_is_better is None:
         return None
     sign = -1 if mark.lower_is_better else 1
     name = min(able, key=lambda n: sign * able[n].value)
