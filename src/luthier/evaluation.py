@@ -96,10 +96,13 @@ class Found:
         return self.goal is None or self.goal.renders in ("chat", "pairs", "judged")
 
 
-def examine(opening: Opening, asked: Asked, say: Any) -> Found:
-    """Open a model, and measure it, its other adapters and its base on the same rows. Raises LuthierError for what does not go together."""
+def examine(opening: Opening, asked: Asked, say: Any, *, ready: Callable[[Found], None] = lambda found: None) -> Found:
+    """Open a model, and measure it, its other adapters and its base on the same rows. Raises LuthierError for what does not go together.
+
+    ``ready``: is shown the rows before anything is measured, which takes long.
+    """
     policy, labels, subjects = opened(opening, asked.precision, with_base=True if asked.prompts else lambda p: _goal(p, asked).renders not in HEADED)
-    found = _prompted(policy, asked, labels, say) if asked.prompts else _held_out(policy, _goal(policy, asked), asked, labels, say)
+    found = _prompted(policy, asked, labels, say, ready) if asked.prompts else _held_out(policy, _goal(policy, asked), asked, labels, say, ready)
     found.subjects = subjects
     return found
 
@@ -134,7 +137,7 @@ def _goal(policy: Policy, asked: Asked) -> Any:
 # --- rows that have answers, labels or judgements -------------------------------------------------------------------
 
 
-def _held_out(policy: Policy, goal: Any, asked: Asked, labels: Mapping[str | None, str], say: Any) -> Found:
+def _held_out(policy: Policy, goal: Any, asked: Asked, labels: Mapping[str | None, str], say: Any, ready: Callable[[Found], None]) -> Found:
     goal.serves(policy.base.anatomy.kind)
     tasks = _tasks(goal, asked)
     prepared = _prepare(policy, goal, asked)
@@ -143,6 +146,7 @@ def _held_out(policy: Policy, goal: Any, asked: Asked, labels: Mapping[str | Non
     shown = task_rows(records[:most])
     task = next((t for name, t in tasks.items() if name.split()[0] == "classification" and t.problem != "regression"), None)
     found = Found({}, [], prepared.validation, records, len(shown), shown, goal, task)
+    ready(found)
     together = record_of(records, prepared.validation)
     for name, label in labels.items():
         policy.use(name)
@@ -223,7 +227,7 @@ def _copies(policy: Policy, asked: Asked, shown: Sequence[Mapping[str, Any]]) ->
 # --- prompts alone ---------------------------------------------------------------------------------------------------
 
 
-def _prompted(policy: Policy, asked: Asked, labels: Mapping[str | None, str], say: Any) -> Found:
+def _prompted(policy: Policy, asked: Asked, labels: Mapping[str | None, str], say: Any, ready: Callable[[Found], None]) -> Found:
     can_write(policy)
     tasks = {name: open_task(name) for name in asked.tasks}
     how: dict[str, Any] = {"template": asked.template, "columns": asked.columns, "beginning": asked.beginning, "room": asked.max_new}
@@ -231,6 +235,7 @@ def _prompted(policy: Policy, asked: Asked, labels: Mapping[str | None, str], sa
     shown = [dict(r.extras["task"]) for r in rows]
     judge = Judge(dict.fromkeys(asked.rewards, 1.0), (), policy)
     found = Found({}, [], rows, [_Prompt(r) for r in rows], len(rows), shown)
+    ready(found)
     for name, label in labels.items():
         policy.use(name)
         written: dict[str, Any] = {"template": asked.template, "max_new": asked.max_new, "temperature": asked.temperature, "seed": asked.seed}

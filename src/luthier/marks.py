@@ -50,7 +50,7 @@ class Score:
         """The value and its interval, where it has one; ``sign``: "+" writes it before what is not negative."""
         if digits is None:
             digits = 1 if max(abs(self.value), abs(self.high)) > 1.5 else 3
-        if self.low != self.low:  # there is none
+        if self.low != self.low or (self.n == 1 and self.low == self.high):  # there is none
             return f"{self.value:{sign}.{digits}f}"
         return f"{self.value:{sign}.{digits}f} [{self.low:{sign}.{digits}f}, {self.high:{sign}.{digits}f}]"
 

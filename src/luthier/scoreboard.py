@@ -58,7 +58,7 @@ class Board:
         sliced = {
             name: {
                 s.slicing.by: {
-                    "scores": {k: {n: vars(v) for n, v in each.items()} for k, each in s.scores.items()},
+                    "scores": {k: {n: _plain(v) for n, v in each.items()} for k, each in s.scores.items()},
                     "worst": {k: _worst(w) for k, w in s.worst.items()},
                 }
                 for s in some
@@ -66,7 +66,7 @@ class Board:
             for name, some in self.slices.items()
         }
         out = {
-            "scores": {c: {k: vars(v) for k, v in cells.items()} for c, cells in self.columns.items()},
+            "scores": {c: {k: _plain(v) for k, v in cells.items()} for c, cells in self.columns.items()},
             "differences": {pair: {k: vars(d) | {"verdict": d.verdict} for k, d in each.items()} for pair, each in self.differences.items()},
             "slices": sliced,
             "labels": {c: r.plain() for c, r in self.labels.items()},
@@ -74,6 +74,10 @@ class Board:
             "notes": self.notes,
         }
         return {k: v for k, v in out.items() if v or k == "scores"}
+
+
+def _plain(score: Score) -> dict[str, Any]:
+    return {k: None if v != v else v for k, v in vars(score).items()}  # a number without an interval
 
 
 def _worst(w: Worst) -> dict[str, Any]:

@@ -135,8 +135,12 @@ def _evaluated(opening: Opening, asked: Asked, by: list[str], against: str | Non
     beside = "base" if against == "base" else None
     if beside and opening.alone:
         _refuse("--against base and --alone contradict one another; leave one out")
-    found = examine(opening, asked, say)
-    cuts = [slicing(name, found.records, found.rows, answers=found.writes and not asked.prompts) for name in by]  # a wrong name is said before the other model
+    cuts: list[Any] = []
+
+    def ready(found: Found) -> None:
+        cuts.extend(slicing(name, found.records, found.rows, answers=found.writes and not asked.prompts) for name in by)
+
+    found = examine(opening, asked, say, ready=ready)
     if beside and "base" not in found.sheets:
         _refuse("--against base: this is a base, or its head says nothing without its delta; name another run")
     if against is not None and beside is None:
