@@ -73,6 +73,9 @@ def test_answers_to_one_prompt_hang_together():
     together = losses(policy, sft.Objective(), rows, [i // 4 for i in range(40)])["loss per token"].score()
     apart = losses(policy, sft.Objective(), rows, range(40))["loss per token"].score()
     assert together.n == 10 and together.value == pytest.approx(apart.value)
+    unlike = tiny.rows(12)
+    kept = [losses(policy, sft.Objective(), unlike, places)["loss per token"].value for places in ([i // 4 for i in range(12)], range(12))]
+    assert kept[0] == pytest.approx(kept[1])  # no row of a prompt is lost
     assert together.high - together.low > 1.5 * (apart.high - apart.low)
 
 
