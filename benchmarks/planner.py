@@ -205,7 +205,15 @@ def one(case: Case) -> dict[str, Any]:
             "step": found.time.step,
         }
         measured = {"live": live(case, Path(folder) / "again"), "resident": peak - start, "step": statistics.mean(took)}
-    return {"case": case.name, "parameters": result.total, "trained": result.trained, "predicted": predicted, "measured": measured, "steps": took, "small": m.moments[m.worst].small}
+    return {
+        "case": case.name,
+        "parameters": result.total,
+        "trained": result.trained,
+        "predicted": predicted,
+        "measured": measured,
+        "steps": took,
+        "small": m.moments[m.worst].small,
+    }
 
 
 def live(case: Case, home: Path) -> int:

@@ -301,7 +301,7 @@ def verdict(home, policy, name="llama", pairs=(), folder=None):
 
 def test_a_reward_model_that_tells_answers_apart_is_trusted(home, policy):
     said = verdict(home, policy)
-    assert said.startswith("llama: 1.000 [1.000, 1.000] n=12 of held-out pairs in order (its own training's held-out pairs)")
+    assert said.startswith("llama: 1.000 [0.758, 1.000] n=12 of held-out pairs in order (its own training's held-out pairs)")
 
 
 @pytest.mark.parametrize(("name", "kind"), [("llama", "decoder"), ("bert", "encoder")])
@@ -309,9 +309,9 @@ def test_it_is_measured_on_the_pairs_that_the_run_names(name, kind, home, policy
     """As rows of the reward model's own kind, which may be another than the policy's."""
     honest, forms = luthier.rewards.read_data, []
     monkeypatch.setattr(luthier.rewards, "read_data", lambda *a, **how: (forms.append(how["form"].kind), honest(*a, **how))[1])
-    assert f"{name}: 1.000 [1.000, 1.000] n=12" in verdict(home, policy, name, [str(home / "pairs.jsonl")])
+    assert f"{name}: 1.000 [0.758, 1.000] n=12" in verdict(home, policy, name, [str(home / "pairs.jsonl")])
     with pytest.raises(
-        LuthierError, match=r"puts 0\.000 \[0\.000, 0\.000\] n=12 of held-out pairs in order \(.*swapped.jsonl\), which is no better than chance"
+        LuthierError, match=r"puts 0\.000 \[0\.000, 0\.242\] n=12 of held-out pairs in order \(.*swapped.jsonl\), which is no better than chance"
     ):
         verdict(home, policy, name, [str(home / "swapped.jsonl")])
     assert forms == [kind, kind]

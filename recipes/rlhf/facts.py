@@ -42,6 +42,8 @@ def judge(mr: str, answer: str) -> tuple[int, int, int]:
 class Task:
     """facts: the share of facts that are stated, less one share for each stated wrongly. all_right: 1 where all are stated and none wrongly."""
 
+    lower_is_better = frozenset({"wrong"})
+
     def rows(self, split: str) -> list[dict[str, Any]]:
         """None of its own: it scores the run's data."""
         return []

@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from .core import Answer, LuthierError, Row
 from .data.prepare import prepare
 from .data.render import stop_ids
 from .data.rollout import Sampling, sample
-from .evaluate import Score, score
-from .nn import intervals
-from .plugins import plugin
+from .marks import Mark, mean
 from .policy import Policy
 from .reading import form_of
 from .rewards import Judge
@@ -58,15 +54,8 @@ def answered(policy: Policy, prompts: Sequence[Row], *, template: str | None, ma
     return sample(policy, prompts, 1, how, numbers=range(len(prompts)), on_answers=tick)
 
 
-def scored(judge: Judge, answers: Sequence[Answer], tasks: Sequence[str], *, seed: int) -> dict[str, Score]:
-    """Every score of the tasks, and the mean of every source of reward, with intervals over the answers; and how long answers are."""
-    out: dict[str, Score] = {}
-    said, rows = [a.text for a in answers], [dict(a.prompt.extras["task"]) for a in answers]
-    for name in tasks:
-        out |= score(lambda _: said, plugin("tasks", name)(), rows, seed=seed)
+def rewarded(judge: Judge, answers: Sequence[Answer]) -> dict[str, Mark]:
+    """The mean of every source of reward, and how long answers are."""
     judge(answers)
-    columns = {short: [a.scores[short] for a in answers] for short in judge.names.values()} | {"answer tokens": [float(len(a.ids)) for a in answers]}
-    for name, values in columns.items():
-        found = intervals.mean(np.array(values), seed=seed)
-        out[name] = Score(found.value, found.low, found.high, found.n)
-    return out
+    columns = {short: mean(short, [a.scores[short] for a in answers]) for short in judge.names.values()}
+    return columns | {"answer tokens": mean("answer tokens", [float(len(a.ids)) for a in answers], lower_is_better=None)}

@@ -253,6 +253,12 @@ def next_token_loss(policy: Policy, batch: Batch) -> Loss:
     return Loss({"tokens": -policy.score(hidden_ND, target_N)["logp"].sum()})
 
 
+def next_token_losses(policy: Policy, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+    """The same by example: (S,) the sum of each, and (S,) how many tokens it is of."""
+    logp_S, count_S = example_logps(policy, batch)
+    return {"tokens": (-logp_S, count_S)}
+
+
 def token_values(policy: Policy, batch: Batch, hidden_BTD: Tensor | None = None) -> Tensor:
     """(N,) fp32 what the value voice expects of each scored position. ``hidden_BTD``: read from these, which do not learn; else it reads by itself."""
     voice = policy.voices["value"]
@@ -419,6 +425,12 @@ class Objective(Protocol):
     def heads(self, base: Base) -> dict[str, nn.Module]: ...
     def collate(self, rows: Sequence[Row], *, pad: int, packed: bool) -> Batch: ...
     def loss(self, policy: Policy, batch: Batch) -> Loss: ...
+
+
+class Separable(Objective, Protocol):
+    """An objective whose loss is of each row by itself and can say so for a whole batch: (rows,) the sum and (rows,) the units of each, by term."""
+
+    def losses(self, policy: Policy, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]: ...
 
 
 class Coupled(Objective, Protocol):

@@ -1,7 +1,7 @@
 """Scoring a policy: task scores and held-out loss, each seeded, with a count and a 95 % interval beside it; and the baseline that copies.
 
 A task's scores are means over rows, unless it defines ``statistics`` and ``corpus``: then its rows are summed and scored as one (corpus BLEU); or
-``whole``: then all of them are scored together (macro-F1, a rank correlation).
+``whole``: then all of them are scored together (macro-F1, a rank correlation). See marks.py.
 """
 
 from __future__ import annotations
@@ -9,47 +9,18 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, cast
 
 import numpy as np
 import torch
 
 from .core import Batch, Coupled, LuthierError, Objective, Task
-from .nn import intervals
+from .marks import Pooled, Row, Score, Whole, of_task
+from .paired import difference
 
-Row = Mapping[str, Any]
-
-
-@runtime_checkable
-class Pooled(Task, Protocol):
-    """A task whose score over many rows is that of their summed statistics."""
-
-    def statistics(self, row: Row, answer: str) -> np.ndarray: ...  # (K,)
-    def corpus(self, sums_RK: np.ndarray) -> Mapping[str, np.ndarray]: ...  # name -> (R,), for R resamples
-
-
-@runtime_checkable
-class Whole(Task, Protocol):
-    """A task some of whose scores are of all rows together: each a function of how often every row is counted, (R, N) -> (R,)."""
-
-    def whole(self, rows: Sequence[Row], answers: Sequence[str]) -> Mapping[str, intervals.Statistic]: ...
-
-
-@dataclass(frozen=True)
-class Score:
-    """A score over n rows with its 95 % bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-    def __str__(self) -> str:
-        """For people: 45.9 [44.8, 47.0] n=630; shares get three digits."""
-        digits = 1 if max(abs(self.value), abs(self.high)) > 1.5 else 3
-        return f"{self.value:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}] n={self.n}"
+__all__ = ["Losses", "Pooled", "Row", "Score", "Whole", "compare", "loss_on", "nearest_copy", "score"]
 
 
 def score(generate: Callable[[Sequence[Row]], Sequence[str]], task: Task, rows: Sequence[Row], *, seed: int = 0) -> dict[str, Score]:
@@ -62,46 +33,16 @@ def score(generate: Callable[[Sequence[Row]], Sequence[str]], task: Task, rows: 
     answers = generate(rows)
     if len(answers) != len(rows):
         raise LuthierError(f"{len(rows)} rows were asked and {len(answers)} answers came back; one a row is needed")
-    values: dict[str, list[float]] = defaultdict(list)
-    for row, answer in zip(rows, answers, strict=True):
-        for name, value in task.score(row, answer).items():
-            values[name].append(float(value))
-    out = {name: _score(intervals.mean(np.array(v), seed=seed)) for name, v in values.items()}
-    if isinstance(task, Pooled):
-        stats_NK = np.stack([task.statistics(row, answer) for row, answer in zip(rows, answers, strict=True)])
-        for name in task.corpus(stats_NK.sum(0, keepdims=True)):
-            out[name] = _score(intervals.bootstrap(stats_NK, _named(task, name), seed=seed))
-    if isinstance(task, Whole):
-        for name, statistic in task.whole(rows, answers).items():
-            out[name] = _score(intervals.recounted(len(rows), statistic, seed=seed))
-    return out
+    return {name: mark.score(seed=seed) for name, mark in of_task(task, rows, answers).items()}
 
 
 def compare(task: Task, rows: Sequence[Row], before: Sequence[str], after: Sequence[str], *, seed: int = 0) -> dict[str, Score]:
-    """How much better ``after`` answers the same rows than ``before``: the paired difference of every score."""
-    out: dict[str, Score] = {}
-    per_row = [[task.score(row, a) for row, a in zip(rows, answers, strict=True)] for answers in (before, after)]
-    for name in per_row[0][0] if rows else ():
-        a_N2, b_N2 = (np.array([[s[name], 1.0] for s in side]) for side in per_row)
-        out[name] = _score(intervals.paired(a_N2, b_N2, intervals.ratio_of_sums, seed=seed))
-    if isinstance(task, Pooled) and rows:
-        a_NK, b_NK = (np.stack([task.statistics(row, a) for row, a in zip(rows, answers, strict=True)]) for answers in (before, after))
-        for name in task.corpus(a_NK.sum(0, keepdims=True)):
-            out[name] = _score(intervals.paired(a_NK, b_NK, _named(task, name), seed=seed))
-    if isinstance(task, Whole) and rows:
-        first, second = task.whole(rows, before), task.whole(rows, after)
-        for name in first:
-            out[name] = _score(intervals.recounted(len(rows), lambda c_RN, n=name: second[n](c_RN) - first[n](c_RN), seed=seed))  # type: ignore[misc]
-    return out
+    """How much better ``after`` answers the same rows than ``before``: the paired difference of every score. `paired.differences` also tests it."""
+    first, second = of_task(task, rows, before), of_task(task, rows, after)
+    return {name: difference(first[name], second[name], seed=seed) for name in first}
 
 
-def _named(task: Pooled, name: str) -> intervals.Statistic:
-    return lambda sums_RK: task.corpus(sums_RK)[name]
-
-
-def _score(found: intervals.Interval) -> Score:
-    return Score(found.value, found.low, found.high, found.n)
-
+NOTHING = "the held-out data has nothing to score: no token of it is trained on"
 
 # --- held-out loss ---------------------------------------------------------------------------------------------------
 
@@ -154,7 +95,7 @@ def loss_on(policy: Any, objective: Objective, batches: Iterable[Batch]) -> Loss
     finally:
         policy.train(training)
     if not any(counts.values()):
-        raise LuthierError("the held-out data has nothing to score: no token of it is trained on")
+        raise LuthierError(NOTHING)
     return Losses(sums, counts, dict(objective.terms))
 
 

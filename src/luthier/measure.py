@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from . import by_source
+from .by_name import open_task
 from .core import Batch, LuthierError, Objective, Row
 from .data.answers import Renderer
 from .data.codec import Codec
@@ -141,7 +142,7 @@ class Scorer:
         if self.objective.renders in ("label", "ranked") or kind == "preference":
             most = self.run.evaluate.task_rows
             return score_labels(self.policy, self.objective, self.prepared.validation[:most], self.prepared.validation_records[:most], kind, self.run.seed)[0]
-        task = plugin("tasks", kind)()
+        task = open_task(kind, "evaluate.tasks")
         rows = task.rows("validation") or task_rows(self.prepared.validation_records)
         rows = rows[: self.run.evaluate.task_rows]
         answers = self.answers(rows, say=say, label=kind)

@@ -185,7 +185,7 @@ class Policy(nn.Module):
     def score(self, hidden_ND: Tensor, token_N: Tensor, *, temperature: float = 1.0, want: Sequence[str] = ("logp",)) -> dict[str, Tensor]:
         """What the head says of N scored positions, fp32 (N,) each, without N x V logits.
 
-        logp: log p(token). entropy: of the distribution, in nats. mean_logp: average log p over the vocabulary.
+        logp: log p(token). entropy: of the distribution, in nats. mean_logp: average log p over the vocabulary. likeliest: 1 where no token is likelier.
         """
         head, rule = self.lm.get_output_embeddings(), self.base.anatomy
         hidden_ND = rule.before_head(self.lm, hidden_ND)
@@ -199,6 +199,7 @@ class Policy(nn.Module):
                 "logp": lambda: logp_nV.gather(1, token_n[:, None]).squeeze(1),
                 "entropy": lambda: -(logp_nV.exp() * logp_nV).sum(-1),
                 "mean_logp": lambda: logp_nV.mean(-1),
+                "likeliest": lambda: (logp_nV.argmax(-1) == token_n).float(),
             }
             return tuple(values[w]() for w in want)
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,17 +22,16 @@ from typing import Any
 import numpy as np
 
 from . import adapter, opening, remembered, voices
-from .config import read as read_settings
+from .by_name import task_and_part
 from .core import Answer, LuthierError, Row, join
 from .data.labels import Labelled
 from .data.preferences import Judged
 from .data.shapes import Chat
 from .evaluate import Score
 from .measure import predict, predict_texts, rewards, score_labels
-from .plugins import hints, kinds, plugin, unwrap
+from .plugins import kinds
 from .policy import Policy
 from .reading import form_of, read_data
-from .runfile import parse
 
 Scoring = Callable[[Sequence[Answer]], list[float]]
 LEAST_ODDS = 1e-6
@@ -89,8 +87,8 @@ def _task_kind(name: str) -> str:
 
 def open_source(name: str, policy: Policy, voice: str) -> Scoring:
     """A source by its name; ``voice``: what a delta on the policy's base is called there. Raises LuthierError where there is no such source."""
-    if kind := _task_kind(name):
-        return of_task(kind, name)
+    if _task_kind(name):
+        return of_task(name)
     where, part = _parts(name)
     path = Path(where).expanduser()
     if where.endswith(".py"):
@@ -184,18 +182,10 @@ def _by_label(model: Any, label: str, name: str) -> Scoring:
 # --- tasks and functions ---------------------------------------------------------------------------------------------
 
 
-def of_task(kind: str, name: str) -> Scoring:
+def of_task(name: str) -> Scoring:
     """A task's score of each answer by itself: the first it gives, or the one named. Raises LuthierError for settings the task does not have."""
-    try:
-        first, *settings = shlex.split(name)
-    except ValueError as e:
-        raise LuthierError(f'rewards: {name!r}: {str(e).lower()}; settings are quoted as in a shell: exact_match after="Answer: "') from None
-    part = first.partition(":")[2]
-    if odd := [s for s in settings if "=" not in s]:
-        raise LuthierError(f"rewards: {name!r}: {odd[0]!r} is no setting; say name=value")
-    cls = plugin("tasks", kind)
-    given = {key: _value(cls, key, text) for key, _, text in (s.partition("=") for s in settings)}
-    return _by_task(read_settings(cls, given, f"rewards: {kind}") if given else cls(), part, name)
+    task, part = task_and_part(name, "rewards")
+    return _by_task(task, part, name)
 
 
 def _by_task(task: Any, part: str, name: str) -> Scoring:
@@ -214,11 +204,6 @@ def _by_task(task: Any, part: str, name: str) -> Scoring:
         return out
 
     return score
-
-
-def _value(cls: type, key: str, text: str) -> Any:
-    """A task's setting as a run file would have it."""
-    return text if unwrap(hints(cls).get(key))[0] is str else parse(text, f"rewards: {key}", lines=False).values
 
 
 def own(path: Path, part: str, name: str) -> Scoring:

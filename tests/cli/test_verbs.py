@@ -95,7 +95,7 @@ def test_eval_scores_beside_the_base_and_beside_copying(home, tmp_path, capsys):
     ask = ("eval", home / "runs" / "r", "--data", data, "--task", "bleu", "--task", "exact_match", "--copy-from", data, "--max-new", 8)
     code, out, _ = said(capsys, *ask, "--json", "--output", tmp_path / "o.jsonl")
     assert code == 0
-    columns = json.loads(out)
+    columns = json.loads(out)["scores"]
     assert set(columns) == {"tuned", "base", "copy"}
     assert columns["tuned"]["loss per token"]["value"] < columns["base"]["loss per token"]["value"]
     assert columns["copy"]["exact_match"]["value"] == 1.0  # every prompt is its own nearest neighbour
@@ -108,13 +108,13 @@ def test_eval_scores_answers_to_prompts_alone(home, tmp_path, capsys):
     (tmp_path / "mine.py").write_text("def reward(prompt, answer, row):\n    return sum(map(ord, answer)) + len(row['prompt'])\n")
     ask = ("eval", home / "runs" / "r", "--data", tmp_path / "p.jsonl", "--max-new", 5)
     code, out, _ = said(capsys, *ask, "--prompts", "--reward", tmp_path / "mine.py", "--json", "--output", tmp_path / "o.jsonl")
-    columns, lines = json.loads(out), [json.loads(x) for x in (tmp_path / "o.jsonl").read_text().splitlines()]
+    columns, lines = json.loads(out)["scores"], [json.loads(x) for x in (tmp_path / "o.jsonl").read_text().splitlines()]
     assert code == 0 and set(columns) == {"tuned", "base"} and len(lines) == 6
     for name in columns:
         assert columns[name]["mine"]["n"] == 6 and columns[name]["mine"]["value"] == pytest.approx(1 + sum(ord(c) for x in lines for c in x[name]) / 6)
     assert columns["tuned"] != columns["base"]
     code, out, _ = said(capsys, *ask[:3], home / "data.jsonl", "--prompts", "--task", "exact_match", "--rows", 5, "--json", "--max-new", 5)
-    assert code == 0 and json.loads(out)["tuned"]["exact_match"]["n"] == 5  # prompts that have answers are scored by them
+    assert code == 0 and json.loads(out)["scores"]["tuned"]["exact_match"]["n"] == 5  # prompts that have answers are scored by them
     for more, sentence in [
         (("--task", "bleu"), "luthier eval --prompts"),
         (("--prompts",), "nothing to score answers by"),
@@ -129,7 +129,7 @@ def test_eval_scores_answers_to_prompts_alone(home, tmp_path, capsys):
 def test_eval_of_raw_text_gives_bits_per_byte(home, tmp_path, capsys):
     (tmp_path / "t.txt").write_text("Nothing much happens here.\n" * 3)
     code, out, _ = said(capsys, "eval", home / "base", "--data", tmp_path / "t.txt", "--text", "--json")
-    values = json.loads(out)["base"]
+    values = json.loads(out)["scores"]["base"]
     loss, bits = values["loss per token"]["value"], values["bits per byte"]["value"]
     assert code == 0 and bits == pytest.approx(loss / 0.6931, rel=0.05)  # one byte a token here, but for the end
 
@@ -167,7 +167,7 @@ def test_several_adapters_answer_score_and_combine(home, tmp_path, capsys):
         code, _, err = said(capsys, "generate", base, *ask, *arguments)
         assert code == 2 and sentence in err
     code, out, _ = said(capsys, "eval", base, "--data", home / "data.jsonl", *both, "--precision", "float32", "--json")
-    columns = json.loads(out)
+    columns = json.loads(out)["scores"]
     assert code == 0 and set(columns) == {"one", "two", "base"} and columns["one"] == columns["two"] != columns["base"]
     code, out, _ = said(capsys, "combine", f"{run}=0.75", f"{run}=0.25", "--to", tmp_path / "c")
     assert code == 0 and "rank 16" in out  # twice 8, the same function

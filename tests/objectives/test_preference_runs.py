@@ -80,7 +80,7 @@ def test_a_reward_model_learns_and_scores_a_probe_pair_the_same_after_reopening(
     assert again == pytest.approx(seen[0], abs=1e-5)  # both in one forward
     capsys.readouterr()
     assert main(["eval", str(tmp_path / "r"), "--data", str(data / f"{file}.jsonl"), "--precision", "float32", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(capsys.readouterr().out)["scores"]
     name = next(n for n in found if n != "longer")
     assert found[name]["accuracy"]["value"] == 1.0 and found[name]["accuracy"]["n"] == 12 == found[name]["loss per ranking"]["n"]
     if kind == "decoder":  # whose tokens here are bytes

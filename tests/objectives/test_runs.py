@@ -64,7 +64,7 @@ def test_a_classifier_trains_and_predicts_after_reopening(kind: str, method: str
     assert (
         main(["eval", str(tmp_path / "r"), "--data", str(data / "films.tsv"), "--precision", "float32", "--json", "--output", str(tmp_path / "o.jsonl")]) == 0
     )
-    (column,) = json.loads(capsys.readouterr().out).values()
+    (column,) = json.loads(capsys.readouterr().out)["scores"].values()
     answers = [json.loads(x) for x in (tmp_path / "o.jsonl").read_text().splitlines()]
     said = [next(v for k, v in a.items() if k not in ("prompt", "refs")) for a in answers]
     right = sum(s == a["refs"][0] for s, a in zip(said, answers, strict=True))

@@ -26,6 +26,7 @@ class Held:
     tools: list[dict[str, Any]] | None
     where: str
     extras: Mapping[str, Any]  # the (first) record as it was written
+    places: list[str] = field(default_factory=list)  # where each of the records stands that it was made of
 
 
 @dataclass
@@ -116,6 +117,7 @@ def records(held: Mapping[str, Group]) -> list[Held]:
             last = max(i for i, m in enumerate(item.messages) if m["role"] == "assistant")
             asked = json.dumps(item.messages[:last], sort_keys=True)
             record = out.setdefault(asked, Held(item.messages[:last], [], item.tools, item.where, item.extras))
+            record.places.append(item.where)
             answer = item.messages[last]["content"] or json.dumps(item.messages[last].get("tool_calls"))
             if answer not in record.references:
                 record.references.append(answer)

@@ -147,6 +147,20 @@ class Objective:
         error_S = (scores_SK.squeeze(-1) - label.float()) * counted_S
         return Loss({"examples": error_S.square().sum()}, {"absolute_error": (error_S.abs().sum(), n)})
 
+    def losses(self, policy: Policy, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+        """The same of each row; 0 of one without a label."""
+        scores_SK, counted_S = self.scores(policy, batch), batch.extras["counted"].float()
+        if "label" not in batch.extras:
+            return {"examples": (torch.zeros_like(counted_S), counted_S)}
+        label = batch.extras["label"]
+        if self.problem == "single":
+            loss_S = cross_entropy(scores_SK, label, self.weights(scores_SK), ignore_index=IGNORE, reduction="none")
+        elif self.problem == "multiple":
+            loss_S = binary_cross_entropy_with_logits(scores_SK, label.float(), reduction="none").mean(-1)
+        else:
+            loss_S = (scores_SK.squeeze(-1) - label.float()).square()
+        return {"examples": (loss_S * counted_S, counted_S)}
+
     def weights(self, like: Tensor) -> Tensor | None:
         """(K,) class weights in the order of the labels, as a tensor like this one; None where all count alike."""
         if not isinstance(self.class_weights, dict):

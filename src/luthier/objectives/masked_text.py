@@ -26,9 +26,9 @@ from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..core import IGNORE, Base, Batch, Incompatible, Loss, Policy, Renders, Row, lay_out, next_token_batch, next_token_loss
+from ..core import IGNORE, Base, Batch, Incompatible, Loss, Policy, Renders, Row, lay_out, next_token_batch, next_token_loss, next_token_losses
 from ..nn.corruption import Hiding, choose_spans, choose_tokens, hide_spans, hide_tokens
 from ..plugins import Range, within_ranges
 
@@ -78,6 +78,10 @@ class Objective:
     def loss(self, policy: Policy, batch: Batch) -> Loss:
         """Sum of -log p over the hidden tokens; for spans over the whole answer."""
         return next_token_loss(policy, batch)
+
+    def losses(self, policy: Policy, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+        """The same of each row."""
+        return next_token_losses(policy, batch)
 
     def _spans(self, row: Row, hiding: Hiding) -> Row:
         """The answer as the row, the corrupted text as its source."""

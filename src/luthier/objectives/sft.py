@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..core import Base, Batch, Incompatible, Loss, Policy, Renders, Row, next_token_batch, next_token_loss
+from torch import Tensor
+
+from ..core import Base, Batch, Incompatible, Loss, Policy, Renders, Row, next_token_batch, next_token_loss, next_token_losses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,3 +44,7 @@ class Objective:
     def loss(self, policy: Policy, batch: Batch) -> Loss:
         """Sum of -log p over the trained tokens."""
         return next_token_loss(policy, batch)
+
+    def losses(self, policy: Policy, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+        """The same of each row."""
+        return next_token_losses(policy, batch)

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from ..nn import agreement
 class Task:
     """Agreement of answers with the one reference of each row."""
 
+    lower_is_better: ClassVar[frozenset[str]] = frozenset({"squared_error"})
     problem: Literal["single", "multiple", "regression"] = "single"
     """single: one label a row; multiple: a JSON list of labels; regression: a number."""
 
@@ -47,6 +48,10 @@ class Task:
         if self.problem == "multiple":
             return {"macro_f1": agreement.macro_f1(given_NK, said_NK), "micro_f1": agreement.micro_f1(given_NK, said_NK)}
         return {"macro_f1": agreement.macro_f1(given_NK, said_NK), "matthews": agreement.matthews(given_NK, said_NK)}
+
+    def pair(self, row: Mapping[str, Any], answer: str) -> tuple[frozenset[str], frozenset[str]]:
+        """The labels that a row has, and those that an answer gives."""
+        return self._labels(reference(row)), self._labels(answer)
 
     def _labels(self, text: str) -> frozenset[str]:
         if self.problem == "single":

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -22,6 +22,8 @@ from ..nn.preferences import calibration_error, pairs_of
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """Scores of answers (a JSON list of numbers) against the row's "ranks", 0 for the best and equal numbers for ties."""
+
+    lower_is_better: ClassVar[frozenset[str]] = frozenset({"calibration_error"})
 
     def rows(self, split: str) -> list[dict[str, Any]]:
         """None of its own: it scores the run's data."""
