@@ -166,6 +166,7 @@ def adopt(lm: Any, tokenizer: Any = None, *, source: str = "", revision: str | N
 
 def assemble(run: Run, base: Base | None = None, *, name: str = "default") -> tuple[Policy, Objective]:
     """Everything a run trains, ready for the loop. Raises Incompatible where two choices cannot go together."""
+    run, _ = resolve(run)
     method: Method = run.method
     objective: Objective = run.objective
     place: Place = run.place

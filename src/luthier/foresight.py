@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from . import atomic
+from . import atomic, build
 from .amounts import clock, off, seconds, size
 from .core import LuthierError
 from .data.prepare import Prepared
@@ -72,6 +72,7 @@ def foresee(run: Run, prepared: Prepared | None, feed: Any = None, *, program: i
     """Predict a run on this machine. ``prepared``: its data, where that has been read; ``feed``: its micro-batches, of which some are looked at and put back;
     ``program``: bytes that the process took before it loaded the model; ``memory``: whether it is asked for. What cannot be told is left out, with the reason.
     """
+    run, _ = build.resolve(run)
     device, why = run.place.device, []
     longest = prepared.facts.get("longest") if prepared is not None else None
     fitting = as_long(run, longest)
