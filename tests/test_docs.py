@@ -57,7 +57,7 @@ def test_the_code_of_the_python_page_runs_from_top_to_bottom(tmp_path, monkeypat
     for block in found:
         exec(compile(block, "docs/python.md", "exec"), names)
     said = capsys.readouterr().out
-    assert "did you mean rank" in said and "parameters" in said and "predicted: " in said and "0.500 [" in said
+    assert "did you mean method.rank?" in said and "parameters" in said and "predicted: " in said and "0.500 [" in said
     assert names["result"].trained > 0 and len(names["both"].ids) == 2
 
 
