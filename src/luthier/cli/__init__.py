@@ -18,6 +18,7 @@ from ..errors import Interrupted
 VERBS = {  # written here, so that --help imports nothing
     "demo": "Fine-tune the embedded model on a small task, and say what was gained: the whole program in three minutes.",
     "train": "Fine-tune a model, from a run file or straight from data.",
+    "compare": "Compare methods on the same data, seeds and budget: one table with plots, and advice.",
     "plan": "Predict what a run trains and how much memory it takes, without weights or data.",
     "eval": "Score a model or an adapter on tasks, beside its base.",
     "generate": "Answer prompts from the command line or a file.",
@@ -33,7 +34,7 @@ VERBS = {  # written here, so that --help imports nothing
     "kinds": "List the methods, objectives, precisions, places and tasks there are.",
     "doctor": "Say whether this machine and its packages are fit, and how fast they are.",
 }
-WITH_SETTINGS = ("train", "plan")  # verbs that take key=value
+WITH_SETTINGS = ("train", "plan", "compare")  # verbs that take key=value
 
 
 def main(argv: list[str] | None = None) -> int:
