@@ -66,13 +66,28 @@ def ground(task: dict[str, Any]) -> dict[str, Any]:
         said["copy"] = examine.copied(prepared.train, tests, base.tokenizer, most if run.objective.renders == "chat" else len(tests.rows), labels)
         said |= {"commonest": c} if (c := examine.commonest(prepared.train, labels, len(tests.rows))) else {}
     records = task_rows(tests.records if run.objective.renders != "chat" else tests.records[:most])
-    return {
-        "rows": rows, "positions": positions, "max_tokens": max_tokens, "tokens": tokens, "max_new": max_new, "most": most,
-        "chosen_on": len(prepared.validation), "test_rows": len(tests.rows), "test_said": tests.said, "records": records,
-        "task": told and told[0], "problem": getattr(run.objective, "problem", None), "general": of_base.get("general"), "base": None if plain else of_base, "no_base": plain, "answers": said,
-        "loaded": loaded, "took": of_base["took"], "parameters": counts.total(policy)[1], "renders": run.objective.renders, "train_rows": len(prepared.train), "device": str(run.place.device),
-        "threads": torch.get_num_threads(), "median": statistics.median(len(r) for r in prepared.train),
-    }  # fmt: skip
+    measured = {
+        "general": of_base.get("general"),
+        "base": None if plain else of_base,
+        "no_base": plain,
+        "answers": said,
+        "records": records,
+        "task": told and told[0],
+        "problem": getattr(run.objective, "problem", None),
+        "renders": run.objective.renders,
+    }
+    sizes = {
+        "tokens": tokens,
+        "parameters": counts.total(policy)[1],
+        "train_rows": len(prepared.train),
+        "median": statistics.median(len(r) for r in prepared.train),
+        "chosen_on": len(prepared.validation),
+        "test_rows": len(tests.rows),
+        "test_said": tests.said,
+    }
+    limits = {"rows": rows, "positions": positions, "max_tokens": max_tokens, "max_new": max_new, "most": most}
+    machine = {"device": str(run.place.device), "threads": torch.get_num_threads(), "loaded": loaded, "took": of_base["took"]}
+    return measured | sizes | limits | machine
 
 
 def survey(settings: dict[str, Any], width: int) -> dict[str, Any]:
