@@ -132,10 +132,10 @@ class Conduct:
     def refuse_too_little(self, trained: list[Standing], able: list[Standing]) -> None:
         """Raise LuthierError where starting the processes alone takes the time that was given."""
         least = sum(2 * g["loaded"] + sum(g["took"].values()) + budget.FEW * 3 * self._forward(g) * 2048 for g in (self.grounds[s.ground] for s in able))
-        if not self.state.decided and (need := least + self.spent() + budget.WRITING) > self.minutes * 60:
+        if "steps" not in self.state.decided and (need := least + self.spent() + budget.WRITING) > self.minutes * 60:
             raise LuthierError(
                 f"--minutes {self.minutes:g} is too little for {len(able)} rows here: opening the model, reading the data and testing alone "
-                f"take about {need / 60:.0f} minutes; give at least {need / 30:.0f}, or compare fewer methods (methods=[lora,full])"
+                f"take about {need / 60:.0f} minutes; give at least {1 + int(1.5 * need / 60)}, or compare fewer methods (methods=[lora,full])"
             )
 
     def search(self, trained: list[Standing]) -> None:
@@ -253,10 +253,11 @@ class Conduct:
             one = g["took"]["answers"] / max(1, g["most"])
             scored = int(SCORING * self._row_seconds() / (LOOKS * one)) if one else 0
             scored = 0 if scored < LEAST_SCORED else min(scored, MOST_SCORED)
-        return {
-            "run": config.plain(s.row.run), "test": self.test, "seed": self.asked.seeds[0], "positions": g["positions"], "max_tokens": g["max_tokens"],
-            "max_new": g["max_new"], "most": g["most"], "choose": max(LEAST_ROWS, min(g["chosen_on"], choose)), "curve_rows": scored,
-        }  # fmt: skip
+        choose = max(LEAST_ROWS, min(g["chosen_on"], choose))
+        looked = self.state.decided.setdefault("looked", {}).setdefault(s.row.name, {"choose": choose, "curve_rows": scored})
+        tested = {k: g[k] for k in ("most", "loss_rows", "max_new")}
+        limits = {"positions": g["positions"], "max_tokens": g["max_tokens"]}
+        return {"run": config.plain(s.row.run), "test": self.test, "seed": self.asked.seeds[0], "tested": tested} | limits | looked
 
     def _final(self, s: Standing, i: int, steps: int) -> dict[str, Any]:
         task = self._task(s) | {"kind": "final", "steps": steps, "lr": s.search.get("lr"), "run_seed": self.asked.seeds[i]}
@@ -283,7 +284,7 @@ class Conduct:
             )
         p = s.search["probe"]
         testing = UNLIKE * (g["took"]["losses"] or p["look"]) + g["took"]["general"] + UNLIKE * g["took"]["answers"]
-        latency = 8 * (g["took"]["answers"] / max(1, g["most"])) * 4 if g["renders"] == "chat" else 1.0
+        latency = 2 * UNLIKE * g["took"]["latency"] or 1.0
         fixed = p["start"] + p["other"] + (LOOKS + 2) * p["look"] + LOOKS * p["score"] + testing + latency
         return Cost(fixed, p["step"], p["tokens"], s.told["steps"])
 

@@ -9,20 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from .. import adapter, references
-from ..core import Row
+from ..core import Row, example_logps
 from ..data.prepare import Prepared
 from ..data.render import render_prompt
 from ..evaluate import loss_on
-from ..measure import OWN_TASK, answer_rows, as_answer, once, predict, task_rows, to_device
-from ..plugins import plugin
+from ..measure import OWN_TASK, answer_rows, as_answer, group, once, predict, task_rows, to_device
+from ..plugins import kind_of, plugin
 from ..policy import Policy
 from ..run import Data, Run
 from . import latency
 from .held import Tests
 
-BLOCK = 8  # rows whose loss is summed together: what is resampled for the interval of the loss
+PER_ROW = ("sft", "text")  # objectives whose loss is that of next tokens
+BLOCK = 16  # rows of others whose loss is summed together: what is resampled for the interval of the loss
 ROOM = 1.25  # of the longest answer in the data: tokens that an answer may have
 LOOKED_AT = 2000  # rows, for that
 TASK = "bleu"  # of answers, where the run names none
@@ -50,16 +52,29 @@ def bring_references(policy: Policy, objective: Any, tests: Tests, run: Run, pac
     references.bring(policy, objective, made, folder=Path(run.out) / ".references", tokens=run.optim.micro_tokens, packed=packed, started=started)
 
 
-def losses(policy: Policy, objective: Any, rows: Sequence[Row], packed: bool) -> list[list[float]]:
-    """(blocks, 2): the summed loss and the units of every BLOCK rows; of an objective with several terms, whose units differ, its value and 1."""
-    out = []
+def losses(policy: Policy, objective: Any, rows: Sequence[Row], packed: bool, tokens: int = 8192) -> list[list[float]]:
+    """(rows, 2): the summed loss and the units of every row, in their order, where the objective is the loss of next tokens.
+
+    Of others (blocks, 2), of BLOCK rows each; of an objective with several terms, whose units differ, its value and 1.
+    """
+    policy.eval()
+    if kind_of(objective) in PER_ROW:
+        place, out = {id(r): i for i, r in enumerate(rows)}, [[0.0, 0.0] for _ in rows]
+        for some in group(rows, tokens, packed):  # few shapes: on a CPU every new one costs
+            batch = to_device(objective.collate(some, pad=policy.pad, packed=packed), policy)
+            with torch.no_grad():
+                logp_S, n_S = example_logps(policy, batch)
+            for row, logp, n in zip(some, logp_S.tolist(), n_S.tolist(), strict=True):
+                out[place[id(row)]] = [-logp, n]
+        return out
+    blocks = []
     for i in range(0, len(rows), BLOCK):
         batch = to_device(objective.collate(list(rows[i : i + BLOCK]), pad=policy.pad, packed=packed), policy)
         if any(batch.units.values()):
             found = loss_on(policy, objective, [batch])
             units = found.n if len(found.terms) == 1 else 1
-            out.append([found.value * units, float(units)])
-    return out
+            blocks.append([found.value * units, float(units)])
+    return blocks
 
 
 def answers(policy: Policy, objective: Any, tests: Tests, run: Run, most: int, max_new: int, say: Any = None) -> list[str]:
@@ -99,17 +114,17 @@ def _clock(policy: Policy, objective: Any, tests: Tests, run: Run) -> Callable[[
     return lambda: latency.measured(policy, middle_ids)
 
 
-def examine(policy: Policy, objective: Any, tests: Tests, run: Run, *, most: int, max_new: int, packed: bool, speed: bool = True) -> dict[str, Any]:
-    """Everything, with the seconds each part took. The policy is folded at the end, where that can be."""
+def examine(policy: Policy, objective: Any, tests: Tests, run: Run, *, most: int, loss_rows: int, max_new: int, packed: bool) -> dict[str, Any]:
+    """Everything, with the seconds each part took: the loss of ``loss_rows`` rows, the answers to ``most`` records. The policy is folded at the end."""
     clock = time.perf_counter
     began = clock()
-    lost = losses(policy, objective, tests.rows, packed)
+    lost = losses(policy, objective, tests.rows[:loss_rows], packed)
     loss_s, began = clock() - began, clock()
     said = answers(policy, objective, tests, run, most, max_new)
     answer_s, began = clock() - began, clock()
     text = general(policy, run) if run.evaluate.forgetting else None
     general_s, began = clock() - began, clock()
-    fast = how_fast(policy, objective, tests, run) if speed else {}
+    fast = how_fast(policy, objective, tests, run)
     took = {"losses": loss_s, "answers": answer_s, "general": general_s, "latency": clock() - began}
     return {"losses": [[round(a, 6), b] for a, b in lost], "answers": said, "general": text, "latency": fast, "took": took}
 

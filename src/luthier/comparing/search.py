@@ -18,6 +18,7 @@ from . import budget
 from .held import Reading
 from .observing import Observer, events, now, run_of
 
+OVERTIME = 1.15  # of its seconds: no short run begins after them
 PROBE = 4  # steps that are timed; the first stands apart
 
 
@@ -36,11 +37,14 @@ def search(task: dict[str, Any]) -> dict[str, Any]:
     for number, steps in enumerate(told["rungs"]):
         found = {t["lr"]: t["loss"] for t in told["tried"] if t["rung"] == number}
         for lr in rates:
+            if found and lr not in found and now() > OVERTIME * deadline:
+                break  # this machine became slower than it was a moment ago
             if lr not in found:
                 found[lr] = short_run(task, reading, lr, steps, f"rung-{number + 1}-lr-{lr:g}")[0]
                 told["tried"].append({"rung": number, "lr": lr, "steps": steps, "loss": found[lr]})
                 atomic.as_json(kept, told)
-        best = min(found, key=lambda r: (found[r] != found[r], found[r]))
+        if best is None or len(found) == len(rates):  # else the time was up in the middle
+            best = min(found, key=lambda r: (found[r] != found[r], found[r]))
         rates = budget.survivors(found)
     told["probe"]["step"] = median_step(where, told["probe"]["step"])
     return told | {"lr": best if best is not None else task["default"] if len(task["rates"]) > 1 else task["rates"][0], "searched": best is not None}
@@ -87,7 +91,7 @@ def short_run(task: dict[str, Any], reading: Reading, lr: float, steps: int, nam
     run = run_of(task, task["run"], name=name, out=task["folder"])
     run = replace(run, optim=replace(run.optim, lr=lr, steps=steps), evaluate=replace(run.evaluate, every_steps=steps, tasks=()))
     shutil.rmtree(Path(run.out) / name, ignore_errors=True)
-    seen = Observer(reading, task["curve_rows"] if name == "timing" else 0, task["max_new"])
+    seen = Observer(reading, task["curve_rows"] if name == "timing" else 0, task["tested"]["max_new"])
     try:
         result = execute(run, reporter=seen, read=reading)
     except LuthierError as e:

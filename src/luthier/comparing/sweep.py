@@ -237,14 +237,14 @@ def _said(key: str, value: Any) -> str:
 
 
 def _name_apart(rows: list[Row]) -> None:
-    """Rows of one name get a number; equal ones are one."""
+    """Equal rows are one, the first; different ones of one name get a number."""
     seen: dict[str, int] = {}
     runs: set[str] = set()
-    for row in list(rows):
+    kept: list[Row] = []
+    for row in rows:
         if (mark := config.digest(row.run)) in runs:
-            rows.remove(row)
             continue
         runs.add(mark)
         seen[row.name] = seen.get(row.name, 0) + 1
-        if seen[row.name] > 1:
-            rows[rows.index(row)] = dataclasses.replace(row, name=f"{row.name} ({seen[row.name]})")
+        kept.append(row if seen[row.name] == 1 else dataclasses.replace(row, name=f"{row.name} ({seen[row.name]})"))
+    rows[:] = kept

@@ -38,15 +38,13 @@ def final(task: dict[str, Any]) -> dict[str, Any]:
     resume = folder if checkpoint.steps(folder) else None
     if resume is None:
         shutil.rmtree(folder, ignore_errors=True)
-    seen = Observer(reading, task["curve_rows"], task["max_new"])
+    seen = Observer(reading, task["curve_rows"], task["tested"]["max_new"])
     began = now()
     result = execute(run, resume=resume, reporter=seen, read=reading)
     trained = now()
     peak, session = result.peak_bytes, seen.session
-    tests = reading.tests
-    found = examine.examine(
-        session.policy, session.objective, tests, config.load_run(task["run"]), most=task["most"], max_new=task["max_new"], packed=session.packed
-    )
+    asked = replace(config.load_run(task["run"]), data=run.data, out=run.out)
+    found = examine.examine(session.policy, session.objective, reading.tests, asked, packed=session.packed, **task["tested"])
     for left in ("checkpoints", "best"):  # it is finished, and nothing goes on from them
         shutil.rmtree(folder / left, ignore_errors=True)
     return found | {
