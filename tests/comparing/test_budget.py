@@ -78,6 +78,15 @@ def test_seeds_are_given_up_before_runs_become_too_short_to_teach_anything():
     assert budget.repetitions({"a": cost(most=2)}, 3, 36.0) == 3  # two steps were asked for
 
 
+def test_a_busy_moment_while_one_row_was_measured_does_not_make_it_a_slow_one():
+    probe = {"start": 8.0, "look": 0.5, "score": 1.0, "other": 1.0, "run": 2.0, "step": 1.0, "tokens": 100.0}
+    probes = {"a": probe, "b": {k: 1.1 * v for k, v in probe.items()}, "busy": {k: 9 * v for k, v in probe.items()}}
+    found = budget.calm("busy", probes)
+    assert found["start"] == pytest.approx(1.5 * 8.8) and found["score"] == pytest.approx(1.65)
+    assert found["step"] == 9.0  # that methods do differ in
+    assert budget.calm("a", probes) == probe
+
+
 def test_a_plan_that_fits_stays_as_it_is():
     planned = {("a", 0): 20, ("b", 0): 20, ("a", 1): 20}
     assert budget.again({"a": cost(), "b": cost()}, planned, 90.0) == budget.Still(planned)

@@ -8,6 +8,7 @@ then steps of the runs that are left, and last whole runs. What was given up is 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -18,6 +19,7 @@ SEARCH = 0.3  # of the time: looking for learning rates
 RESERVE = 0.04  # of the whole time, kept for what no measurement foresees
 WRITING = 8.0  # seconds: the tables, plots and the page
 LOOKS = 8  # evaluations of a run that counts: the points of its curve
+CALM = 1.5
 FEW = 8  # steps: a run of fewer teaches nothing; repetitions are given up before this
 RUNG = 4  # steps of the shortest run of a search
 FACTORS = {1: (1.0,), 2: (1.0, 3.0), 3: (1 / 3, 1.0, 3.0), 4: (1 / 3, 1.0, 3.0, 10.0)}  # of a method's default rate
@@ -71,6 +73,15 @@ def rungs(seconds: float, rates: int, *, step: float, run: float) -> list[int]:
         return [first, LONGER * first]
     alone = int((seconds - rates * run) / (rates * step))
     return [alone] if alone >= RUNG else []
+
+
+def calm(name: str, probes: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """What was measured for a row, with what methods hardly differ in (all but the step) held to CALM times the median of all rows: a machine that was
+    busy for a moment must not count as a slow method."""
+    own = dict(probes[name])
+    for key in ("start", "look", "score", "other", "run"):
+        own[key] = min(own[key], CALM * statistics.median(p[key] for p in probes.values()))
+    return own
 
 
 def searching(left: float, rows: int) -> float:

@@ -21,6 +21,7 @@ ANSWERING = 0.12  # of all time: answering test rows
 SCORING = 0.08  # of a row's time: scores for its curve
 SEARCH_LOOKS = 15  # of the short runs of a search
 LEAST_ROWS, LEAST_SCORED, MOST_SCORED = 64, 8, 200
+MOSTLY_FIXED = 0.5  # of the time that is left: where starting and measuring takes more, runs are not followed by scores
 UNLIKE = 1.25  # what measuring a trained row takes beside measuring the base
 
 Launch = Callable[[str, dict[str, Any]], dict[str, Any]]  # a job's label and its task -> its numbers
@@ -168,8 +169,12 @@ class Conduct:
         """The runs that count, a seed at a time over all rows; how many seeds every trained row has."""
         able = [s for s in able if not s.problem]
         by_name = {s.row.name: s for s in able}
-        costs = {s.row.name: self._cost(s) for s in able}
+        probes = {s.row.name: s.search["probe"] for s in able if not s.chooses}
+        costs = {s.row.name: self._cost(s, probes) for s in able}
         if "steps" not in self.state.decided:
+            if sum(c.fixed for c in costs.values()) * len(self.asked.seeds) > MOSTLY_FIXED * self.left():
+                self._follow_no_scores()
+                costs = {s.row.name: self._cost(s, probes) for s in able}
             self.state.decided |= self._decide(able, costs)
             self.state.save(self.spent())
         steps, seeds = self.state.decided["steps"], self.state.decided["seeds"]
@@ -254,10 +259,20 @@ class Conduct:
             scored = int(SCORING * self._row_seconds() / (LOOKS * one)) if one else 0
             scored = 0 if scored < LEAST_SCORED else min(scored, MOST_SCORED)
         choose = max(LEAST_ROWS, min(g["chosen_on"], choose))
-        looked = self.state.decided.setdefault("looked", {}).setdefault(s.row.name, {"choose": choose, "curve_rows": scored})
+        looked = self._looked(s, {"choose": choose, "curve_rows": scored})
         tested = {k: g[k] for k in ("most", "loss_rows", "max_new")}
         limits = {"positions": g["positions"], "max_tokens": g["max_tokens"]}
         return {"run": config.plain(s.row.run), "test": self.test, "seed": self.asked.seeds[0], "tested": tested} | limits | looked
+
+    def _looked(self, s: Standing, now: dict[str, int] | None = None) -> dict[str, int]:
+        """How many rows a row's runs are followed on; what was decided first stays."""
+        return dict(self.state.decided.setdefault("looked", {}).setdefault(s.row.name, now or {"choose": 0, "curve_rows": 0}))
+
+    def _follow_no_scores(self) -> None:
+        """Where little time is left, runs are followed by their loss alone."""
+        for looked in self.state.decided.get("looked", {}).values():
+            looked["curve_rows"] = 0
+        self.notes.append("curves and the target are of the held-out loss: there was no time to follow a score")
 
     def _final(self, s: Standing, i: int, steps: int) -> dict[str, Any]:
         task = self._task(s) | {"kind": "final", "steps": steps, "lr": s.search.get("lr"), "run_seed": self.asked.seeds[i]}
@@ -273,7 +288,7 @@ class Conduct:
         rows = max(LEAST_SCORED, min(g["chosen_on"], int(0.5 * self._row_seconds() / max(1e-9, each))))
         return rows, rows * each
 
-    def _cost(self, s: Standing) -> Cost:
+    def _cost(self, s: Standing, probes: Mapping[str, Mapping[str, float]]) -> Cost:
         """What a run that counts takes, from the row's own probe and from measuring the base."""
         g = self.grounds[s.ground]
         if s.chooses:
@@ -282,10 +297,10 @@ class Conduct:
             return Cost(
                 g["loaded"] + 2 * took["answers"] + longer * took["losses"] + took["general"] * 2 + took["answers"] / 4 + self._candidates(s)[1], 1e-9, 1.0, 0
             )
-        p = s.search["probe"]
+        p = budget.calm(s.row.name, probes)
         testing = UNLIKE * (g["took"]["losses"] or p["look"]) + g["took"]["general"] + UNLIKE * g["took"]["answers"]
         latency = 2 * UNLIKE * g["took"]["latency"] or 1.0
-        fixed = p["start"] + p["other"] + (LOOKS + 2) * p["look"] + LOOKS * p["score"] + testing + latency
+        fixed = p["start"] + p["other"] + (LOOKS + 2) * p["look"] + (LOOKS * p["score"] if self._looked(s)["curve_rows"] else 0.0) + testing + latency
         return Cost(fixed, p["step"], p["tokens"], s.told["steps"])
 
 

@@ -192,6 +192,8 @@ def _baselines(ground: Mapping[str, Any], suffix: str) -> list[_Row]:
         e = Entry(name + suffix, baseline=True, trained=0, share=0.0)
         if of_base is not None:
             e.general, e.forgotten = (of_base["general"] or {}).get("value"), 0.0 if of_base["general"] else None
+            alone = of_base["latency"]["merged"] or {}
+            e.merged_prefill, e.merged_token = alone.get("prefill"), alone.get("token")
         row = _with_statistics(_Row(e), ground, [ground["answers"].get(kind, [])], [of_base["losses"]] if of_base else [])
         out.append(row)
     return out

@@ -131,6 +131,13 @@ def legend(t: Table) -> Iterator[str]:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
+NUMBERS = (
+    "clearly_worse", "general", "forgotten", "trained", "share", "lr", "searched", "steps", "tokens", "seconds", "step", "peak", "bytes", "prefill",
+    "token", "merged_prefill", "merged_token", "target_tokens", "target_seconds",
+)  # fmt: skip
+UNITS = {"step": "seconds_a_step", "peak": "peak_bytes", "bytes": "file_bytes"} | {n: f"{n}_seconds" for n in NUMBERS if n.endswith(("prefill", "token"))}
+
+
 def plain(t: Table, e: Entry) -> dict[str, Any]:
     """An entry as plain numbers, in SI units but for shares."""
     out: dict[str, Any] = {"row": e.name, "kind": "baseline" if e.baseline else "refused" if e.problem else "row", "front": e.front, "seeds": e.seeds}
@@ -140,14 +147,7 @@ def plain(t: Table, e: Entry) -> dict[str, Any]:
     out["quality_by_seed"] = " ".join(f"{v:.6g}" for v in e.by_seed)
     if e.less is not None:
         out |= {"less_best": e.less.value, "less_best_low": e.less.low, "less_best_high": e.less.high}
-    names = (
-        "clearly_worse", "general", "forgotten", "trained", "share", "lr", "searched", "steps", "tokens", "seconds", "step", "peak", "bytes", "prefill",
-        "token", "merged_prefill", "merged_token", "target_tokens", "target_seconds",
-    )  # fmt: skip
-    out |= {
-        {"step": "seconds_a_step", "peak": "peak_bytes", "bytes": "file_bytes", "prefill": "prefill_seconds", "token": "token_seconds"}.get(n, n): getattr(e, n)
-        for n in names
-    }
+    out |= {UNITS.get(n, n): getattr(e, n) for n in NUMBERS}
     return out | {"problem": e.problem, "settings": " ".join(e.settings)}
 
 

@@ -38,9 +38,11 @@ def final(task: dict[str, Any]) -> dict[str, Any]:
     resume = folder if checkpoint.steps(folder) else None
     if resume is None:
         shutil.rmtree(folder, ignore_errors=True)
+    else:
+        run = replace(config.load_run(folder / "run.yaml"), out=task["out"])  # with what its beginning resolved
     seen = Observer(reading, task["curve_rows"], task["tested"]["max_new"])
     began = now()
-    result = execute(run, resume=resume, reporter=seen, read=reading)
+    result = execute(run, resume=resume, accept_changes=True, reporter=seen, read=reading)
     trained = now()
     peak, session = result.peak_bytes, seen.session
     asked = replace(config.load_run(task["run"]), data=run.data, out=run.out)
