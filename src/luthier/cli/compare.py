@@ -17,7 +17,7 @@ MINUTES, RATES = 30.0, 3
 
 def command(
     what: Annotated[
-        list[str] | None, typer.Argument(help="A run file (.yaml), or training data (a file, folder or Hub id); then key=value, or key=[a,b,c] to compare.")
+        list[str] | None, typer.Argument(help="A run file (.yaml), or training data (a file, folder or Hub id); then key=value, or key=\\[a,b] to compare.")
     ] = None,
     minutes: Annotated[float | None, typer.Option(min=0.1, help=f"Time for everything, kept within 10 %. Default: {MINUTES:g}.")] = None,
     target: Annotated[
@@ -37,14 +37,17 @@ def command(
     as_csv: Annotated[bool, typer.Option("--csv", help="Print the table as CSV instead (it is always written to compare.csv).")] = False,
     as_latex: Annotated[bool, typer.Option("--latex", help="Print the table as LaTeX instead (it is always written to compare.tex).")] = False,
 ) -> None:
-    """Compare methods: `luthier compare my.jsonl --minutes 45`, `luthier compare run.yaml methods=[lora,full] method.rank=[4,8] seed=[0,1,2]`.
+    """Compare methods: `luthier compare my.jsonl --minutes 45`, `luthier compare run.yaml methods=\\[lora,full] method.rank=\\[4,8] seed=\\[0,1,2]`.
 
-    A list is compared where a setting takes one value: method.rank=[4,8], precision=[bfloat16,nf4], methods=[lora,{kind: lora, rank: 64}]. Where a setting is
-    a list itself (method.targets, evaluate.tasks, data.train) a list is its value, and a list of lists is compared: method.targets=[[query,value],[all]].
-    Several lists give every combination; a key below method counts for the methods that have it. Values of seed are repetitions, whose results are averaged;
-    values of optim.lr are the rates that each row tries.
+    A list is compared where a setting takes one value: method.rank=\\[4,8], precision=\\[bfloat16,nf4].
 
-    Without methods: crafted_prompt, lora, adapter, prefix, prompt and full; those that this base or objective does not allow are listed with the reason.
+    Where a setting is a list itself (method.targets, evaluate.tasks, data.train) a list is its value; a list of lists is compared: \\[\\[query],\\[all]].
+
+    Several lists give every combination; a key below method counts for the methods that have it. Methods may bring their own: {kind: lora, rank: 64}.
+
+    Values of seed are repetitions, whose results are averaged; values of optim.lr are the rates that each row tries.
+
+    Without methods: crafted_prompt, lora, adapter, prefix, prompt and full. What this base or objective does not allow is listed with the reason.
     """
     from ..errors import ConfigError
 

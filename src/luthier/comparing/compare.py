@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -11,13 +12,14 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from ..data.sources import files_of
 from ..errors import Interrupted, LuthierError
 from ..report.verdict import clock
 from . import advice, page, plots, table
 from .apart import numbers_of
 from .conduct import Conduct
 from .outcome import Table, table_of
-from .state import State
+from .state import ASKED, State
 from .sweep import rows_of
 
 EVERY = 10.0  # seconds between lines where there is no terminal
@@ -32,6 +34,9 @@ def compare(asked: dict[str, Any], folder: Path, *, quiet: bool = False) -> Tabl
     rows = rows_of(asked["file"], asked["settings"])  # before a folder is made
     if not rows.rows[0].run.data.files:
         raise LuthierError("no training data: say luthier compare FILE, or name data.train in the run file")
+    for source in {s for r in rows.rows for s in (*r.run.data.files, *r.run.data.held_out, *r.run.data.general)} | set(asked["test"]):
+        files_of(source)  # raises for one that is not there
+    new = not (folder / ASKED).is_file()
     state = State(folder, asked)
     speaker = Speaker(float(asked["minutes"]) * 60, quiet=quiet)
     speaker.say(f"{len(rows.rows)} rows: {'; '.join(r.name for r in rows.rows)}; {asked['minutes']:g} minutes; folder {folder}")
@@ -43,6 +48,10 @@ def compare(asked: dict[str, Any], folder: Path, *, quiet: bool = False) -> Tabl
     except (Interrupted, KeyboardInterrupt):
         state.save(conduct.spent())
         raise Interrupted(f"interrupted; what is finished is kept, go on with: luthier compare --resume {folder}") from None
+    except LuthierError:
+        if new and not state.finished:  # nothing half-written stays
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
     state.save(conduct.spent())
     out = table_of(found, asked["target"])
     page.write(out, folder)

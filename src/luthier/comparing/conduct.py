@@ -145,7 +145,8 @@ class Conduct:
             default = float(s.told["lr"])
             rates = list(self.asked.rates) or ([float(s.row.run.optim.lr)] if s.row.run.optim.lr is not None else budget.rates_around(default, self.rates))
             testing = self._testing(s)
-            seconds = budget.searching(self.left() - testing * (len(trained) - i), len(trained) - i)
+            starting, rows = self.grounds[s.ground]["loaded"], len(trained) - i
+            seconds = starting + budget.searching(self.left() - (testing + starting) * rows, rows)
             task = self._task(s) | {
                 "kind": "search",
                 "rates": rates,

@@ -55,6 +55,11 @@ class State:
         found = _read(self.folder / "jobs" / f"{slug(name)}.json")
         return found["numbers"] if found.get("digest") == digest(task) else None
 
+    @property
+    def finished(self) -> int:
+        """Jobs that are done."""
+        return sum(not f.name.endswith(".task.json") for f in (self.folder / "jobs").glob("*.json"))
+
     def keep(self, name: str, task: Mapping[str, Any], numbers: Mapping[str, Any]) -> None:
         """A job is finished."""
         (self.folder / "jobs").mkdir(exist_ok=True)
