@@ -90,13 +90,14 @@ def show(t: Table, folder: Path) -> None:
     """The table and the advice in the terminal."""
     console = Console(highlight=False)
     if not console.is_terminal:
-        console.width = 240
+        console.width = 180
     console.print()
-    console.print(table.terminal(t))
+    for part in (table.GOOD, table.COST):
+        console.print(table.terminal(t, part))
+        console.print()
     for line in table.refused(t):
         console.print(Text(f"not compared: {line}"), style="yellow")
     said, caveats = advice.sentences(t)
-    console.print()
     for s in said:
         console.print(Text(s, style="bold"))
     for s in [*caveats, *t.notes]:

@@ -16,6 +16,7 @@ from .outcome import Entry, Table
 
 FILE = "compare.html"
 OWN = """
+body { max-width: 78rem; }
 .compare td, .compare th { padding-right: 1.1rem; white-space: nowrap; } .compare td:first-child { white-space: normal; min-width: 8rem; }
 .compare tr.best td { font-weight: 600; } .compare tr.baseline td { color: var(--soft); font-style: italic; }
 .compare td:first-child, .compare th:first-child { position: sticky; left: 0; background: var(--ground); }
@@ -50,7 +51,8 @@ def html(t: Table, drawn: dict[str, tuple[str, bytes, bytes]], name: str) -> str
     parts = [
         f'<header><h1>{shown(_title(t))}</h1><p class="soft">{shown(name)}</p></header>',
         f'<section aria-label="Advice"><div class="verdict">{verdict}</div></section>',
-        _section("The rows", _table(t)),
+        _section("How good", _table(t, table.GOOD)),
+        _section("What it costs", _table(t, table.COST) + _below(t)),
         _section("Plots", _plots(drawn)),
         _section("What was compared", _about(t)),
     ]
@@ -72,17 +74,18 @@ def _section(title: str, body: str) -> str:
     return f'<section aria-label="{shown(title)}"><h2>{shown(title)}</h2>{body}</section>' if body else ""
 
 
-def _table(t: Table) -> str:
-    cols = table.columns(t)
+def _table(t: Table, part: tuple[table.Column, ...]) -> str:
+    cols = table.columns(t, part)
     head = "".join(f'<th scope="col"{"" if i == 0 else " class=n"} title="{shown(c.means)}">{shown(c.head)}</th>' for i, c in enumerate(cols))
-    body = "".join(_line(t, x, cols) for x in t.entries if not x.problem)
+    body = "".join(_line(t, x, cols) for x in t.entries if not x.problem and table.says(t, x, cols))
+    return f'<div class="wide"><table class="compare"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _below(t: Table) -> str:
     missing = "".join(f"<li>{shown(line)}</li>" for line in table.refused(t))
-    meaning = "".join(f"<dt>{shown(c.head)}</dt><dd>{shown(c.means)}</dd>" for c in cols if c.means)
-    return (
-        f'<div class="wide"><table class="compare"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-        + (f'<p class="soft small">Not compared:</p><ul class="small">{missing}</ul>' if missing else "")
-        + f"<details><summary>What the columns mean</summary><dl>{meaning}</dl></details>"
-    )
+    meaning = "".join(f"<dt>{shown(c.head)}</dt><dd>{shown(c.means)}</dd>" for c in table.columns(t) if c.means)
+    listed = f'<p class="soft small">Not compared:</p><ul class="small">{missing}</ul>' if missing else ""
+    return listed + f"<details><summary>What the columns mean</summary><dl>{meaning}</dl></details>"
 
 
 def _line(t: Table, x: Entry, cols: list[table.Column]) -> str:
@@ -101,7 +104,7 @@ def _plots(drawn: dict[str, tuple[str, bytes, bytes]]) -> str:
     figures = (
         f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{plots.inline(dark)}">'
         f'<img src="{plots.inline(light)}" alt="{shown(said)}"></picture>'
-        f"<figcaption>{shown(said[:1].upper() + said[1:])}</figcaption></figure>"
+        f"<figcaption>{shown(said)}</figcaption></figure>"
         for said, light, dark in drawn.values()
     )
     return f'<div class="plots">{"".join(figures)}</div>'

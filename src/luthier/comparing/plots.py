@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -13,6 +14,8 @@ from . import scoring
 from .advice import digits
 from .outcome import Entry, Table
 from .pareto import front
+
+Spot = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -150,21 +153,24 @@ def _scatter(t: Table, look: Look, what: str) -> Any:
 
         ax.xaxis.set_major_formatter(ticker.FuncFormatter(lambda v, _: short(v)))
         ax.xaxis.set_minor_formatter(ticker.NullFormatter())
-    bars = [(at[e.name][0], e.quality.low, e.quality.high) for e in rows if e.quality]
-    name_points(figure, ax, [(e.name, *at[e.name], look.text) for e in rows], bars)
+    lines = [((at[e.name][0], e.quality.low), (at[e.name][0], e.quality.high)) for e in rows if e.quality]
+    for a, b in itertools.pairwise(on):
+        (x, y), (x2, y2) = at[a], at[b]
+        lines += [((x, y), (x2, y)), ((x2, y), (x2, y2))]
+    name_points(figure, ax, [(e.name, *at[e.name], look.text) for e in rows], lines)
     return figure
 
 
-def name_points(figure: Any, ax: Any, named: Sequence[tuple[str, float, float, str]], bars: Sequence[tuple[float, float, float]] = ()) -> list[Any]:
-    """Write names beside points where they cover neither one another nor a point or bar (x, low, high), and stay inside; the nearest free side is taken."""
+def name_points(figure: Any, ax: Any, named: Sequence[tuple[str, float, float, str]], lines: Sequence[tuple[Spot, Spot]] = ()) -> list[Any]:
+    """Write names beside points where they cover neither one another nor a point or line (upright or level), and stay inside; the nearest free side wins."""
     figure.canvas.draw()  # places are only known then
     renderer, inside = figure.canvas.get_renderer(), ax.get_window_extent()
     pixel = ax.transData.transform
     scale = figure.dpi / 72
     taken = [(x - 6 * scale, y - 6 * scale, x + 6 * scale, y + 6 * scale) for x, y in (pixel((px, py)) for _, px, py, _ in named)]
-    for x, low, high in bars:
-        (px, p_low), (_, p_high) = pixel((x, low)), pixel((x, high))
-        taken.append((px - 2 * scale, p_low, px + 2 * scale, p_high))
+    for start, end in lines:
+        (x0, y0), (x1, y1) = pixel(start), pixel(end)
+        taken.append((min(x0, x1) - 2 * scale, min(y0, y1) - 2 * scale, max(x0, x1) + 2 * scale, max(y0, y1) + 2 * scale))
     out = []
     for name, x, y, colour in sorted(named, key=lambda p: -p[2]):
         best = None

@@ -11,7 +11,7 @@ from typing import Any
 from rich import box
 from rich.table import Table as Terminal
 
-from ..report.verdict import size
+from ..report.verdict import clock, size
 from . import scoring
 from .advice import digits, number
 from .outcome import Entry, Table
@@ -52,7 +52,7 @@ def _general(t: Table, e: Entry) -> str:
 def _trained(t: Table, e: Entry) -> str:
     if e.trained is None or (e.baseline and not e.trained):
         return DASH
-    return f"{e.trained:,} ({100 * (e.share or 0):.2g} %)"
+    return f"{e.trained:,} ({100 * (e.share or 0):.3g} %)"
 
 
 def _target(t: Table, e: Entry) -> str:
@@ -69,49 +69,55 @@ def _fast(prefill: float | None, token: float | None) -> str:
     return f"{1000 * prefill:.1f}" + ("" if token is None else f" + {1000 * token:.2f}")
 
 
-COLUMNS = (
-    Column(
-        "row",
-        lambda t, e: e.name + (" ◆" if e.front else ""),
-        "◆: on the front: no other row is as good or better in quality, trained parameters, forgetting and latency at once",
-    ),
+ROW = Column(
+    "row",
+    lambda t, e: e.name + (" ◆" if e.front else ""),
+    "◆: on the front: no other row is as good or better in quality, trained parameters, forgetting and latency at once",
+)
+GOOD = (
     Column("quality", _quality, "on the test rows, with its 95 % interval over rows"),
     Column("less the best", _less, "paired, on the same test rows; ~: not clearly worse, the interval holds zero"),
     Column("held-out loss", _loss, "on the test rows"),
     Column("general text", _general, "loss a token on general text, and its rise over the untouched base: what was forgotten"),
-    Column("trained", _trained, "parameters, and their share of the base"),
-    Column("rate", _rate, "learning rate, the best of those that were tried; *: not searched"),
+    Column("rate", _rate, "learning rate, the best of those that were tried; *: the default, not searched"),
     Column("tokens", lambda t, e: DASH if e.tokens is None else f"{e.tokens / 1000:,.0f}k", "that it was trained on"),
     Column("to target", _target, "training tokens and seconds until the target"),
+    Column("seeds", lambda t, e: DASH if e.baseline or not e.seeds else str(e.seeds), "whose mean the numbers are"),
+)
+COST = (
+    Column("trained", _trained, "parameters, and their share of the base"),
     Column("s a step", lambda t, e: DASH if e.step is None else f"{e.step:.2f}", "median over steps"),
+    Column("training", lambda t, e: DASH if e.seconds is None or not e.steps else clock(e.seconds), "time of all steps"),
     Column("memory", lambda t, e: DASH if e.peak is None else size(e.peak), "peak of its own process (of a GPU: of tensors there)"),
     Column("file", lambda t, e: DASH if e.bytes is None else size(e.bytes), "of what was trained"),
-    Column(
-        "ms beside base", lambda t, e: _fast(e.prefill, e.token), "latency of one answer: reading the prompt + every token after it, the delta beside its base"
-    ),
+    Column("ms beside base", lambda t, e: _fast(e.prefill, e.token), "latency of one answer: the prompt + every token after it, the delta beside its base"),
     Column("ms merged", lambda t, e: _fast(e.merged_prefill, e.merged_token), "the same, merged into its base; -: it cannot be merged"),
-    Column("seeds", lambda t, e: DASH if e.baseline or not e.seeds else str(e.seeds), "whose mean the numbers are"),
 )
 
 
-def columns(t: Table) -> list[Column]:
-    """Those in which at least one row says something; the head of the quality is its name."""
-    shown = [c for c in COLUMNS if any(c.cell(t, e) != DASH for e in t.entries)]
+def columns(t: Table, part: tuple[Column, ...] = (*GOOD, *COST)) -> list[Column]:
+    """The row's name and the columns of a part in which at least one row says something; the head of the quality is its name."""
+    shown = [c for c in part if any(c.cell(t, e) != DASH for e in t.entries)]
     if t.measure == scoring.LOSS:
         shown = [c for c in shown if c.head != "held-out loss"]
-    return [Column(t.measure, c.cell, c.means) if c.head == "quality" else c for c in shown]
+    return [ROW, *(Column(t.measure, c.cell, c.means) if c.head == "quality" else c for c in shown)]
 
 
-def terminal(t: Table) -> Terminal:
-    """For a console."""
+def terminal(t: Table, part: tuple[Column, ...]) -> Terminal:
+    """One part of the table, for a console."""
     out = Terminal(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    cols = columns(t)
+    cols = columns(t, part)
     for c in cols:
         out.add_column(c.head, justify="left" if c.head == "row" else "right", no_wrap=c.head != "row", overflow="fold")
     for e in t.entries:
-        if not e.problem:
+        if not e.problem and says(t, e, cols):
             out.add_row(*(c.cell(t, e) for c in cols), style="dim" if e.baseline else "bold" if e is t.best else None)
     return out
+
+
+def says(t: Table, e: Entry, cols: list[Column]) -> bool:
+    """Whether a row says anything in these columns besides its name."""
+    return any(c.cell(t, e) != DASH for c in cols[1:])
 
 
 def refused(t: Table) -> Iterator[str]:
@@ -119,13 +125,6 @@ def refused(t: Table) -> Iterator[str]:
     for e in t.entries:
         if e.problem:
             yield f"{e.name}: {e.problem}"
-
-
-def legend(t: Table) -> Iterator[str]:
-    """What the heads mean."""
-    for c in columns(t):
-        if c.means:
-            yield f"{c.head}: {c.means}"
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -185,7 +184,7 @@ def tex(text: str) -> str:
 
 def as_latex(t: Table) -> str:
     """A tabular for booktabs: quality, difference, loss, general text, trained, memory, latency."""
-    cols = [c for c in columns(t) if c.head not in ("rate", "tokens", "seeds")]
+    cols = [c for c in columns(t) if c.head not in ("rate", "tokens", "seeds", "training")]
     lines = [
         r"% needs \usepackage{booktabs,amssymb}",
         r"\begin{tabular}{l" + "r" * (len(cols) - 1) + "}",
