@@ -48,7 +48,9 @@ def rows(where, *settings, data="data.jsonl"):
 
 def looked(where, *settings, **more):
     some = rows(where, *settings, **more)
-    return some, ground({"rows": [{"name": r.name, "run": config.plain(r.run)} for r in some], "test": [], "seed": 0, "answering": 5.0})
+    return some, ground(
+        {"rows": [{"name": r.name, "run": config.plain(r.run)} for r in some], "test": [], "seed": 0, "answering": 5.0, "out": str(where / "runs")}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +99,7 @@ def test_losses_row_by_row_are_those_of_the_objective(where):
 
 def test_a_rate_is_searched_by_halving_and_what_was_tried_is_kept(where, seen, tmp_path, monkeypatch):
     monkeypatch.setattr("luthier.comparing.search.now", lambda: 0.0)  # not the age of the tests
-    asked = task(seen, "lora", kind="search", rates=[1e-5, 1e-2, 3e-2], default=1e-2, seconds=60.0, folder=str(tmp_path / "s"))
+    asked = task(seen, "lora", kind="search", rates=[1e-5, 1e-2, 3e-2], default=1e-2, seconds=60.0, folder=str(tmp_path / "s"), out=str(tmp_path))
     monkeypatch.setattr("luthier.comparing.budget.rungs", lambda *a, **k: [4, 8])
     told = search(asked)
     first, second = ([t for t in told["tried"] if t["rung"] == n] for n in (0, 1))
@@ -134,7 +136,7 @@ def test_a_prefix_has_no_merged_latency_and_a_prompt_is_chosen(where, seen, tmp_
 
 
 def test_a_run_that_is_killed_while_it_trains_comes_to_the_same_end(where, seen, tmp_path):
-    asked = task(seen, "lora", kind="final", steps=60, lr=1e-2, run_seed=0, name="lora")
+    asked = task(seen, "lora", kind="final", steps=24, lr=1e-2, run_seed=0, name="lora") | {"curve_rows": 0}
     whole = final(asked | {"out": str(tmp_path / "whole")})
     (tmp_path / "task.json").write_text(json.dumps(asked | {"out": str(tmp_path / "killed")}))
     command = [sys.executable, "-m", "luthier.comparing.work", "--one", json.dumps({"file": str(tmp_path / "task.json")})]
@@ -148,7 +150,7 @@ def test_a_run_that_is_killed_while_it_trains_comes_to_the_same_end(where, seen,
     assert [(p["step"], p["loss"]) for p in told["curve"]] == [(p["step"], p["loss"]) for p in whole["curve"]]
     assert told["losses"] == whole["losses"] and told["answers"] == whole["answers"]
     lines = [json.loads(x) for x in (tmp_path / "killed" / "lora" / "metrics.jsonl").read_text().splitlines()]
-    assert [x["step"] for x in lines if x["event"] == "train"] == list(range(1, 61))
+    assert [x["step"] for x in lines if x["event"] == "train"] == list(range(1, 25))
 
 
 def test_latency_is_the_time_of_the_prompt_and_of_a_token_after_it(monkeypatch):
@@ -170,3 +172,33 @@ def test_what_cannot_be_folded_says_so(monkeypatch):
 
     monkeypatch.setattr(latency, "foldable", refuse)
     assert latency.folded(None) is False
+
+
+@pytest.fixture(scope="module")
+def judged(where):
+    """Pairs, and texts."""
+    rng = random.Random(1)
+    pairs = [{"prompt": f"{i} {(c := rng.choice(['red', 'green', 'blue']))}", "chosen": c, "rejected": "none"} for i in range(90)]
+    (where / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in pairs))
+    (where / "texts.jsonl").write_text("".join(json.dumps({"text": f"{p['prompt']} is {p['chosen']} and not {i}"}) + "\n" for i, p in enumerate(pairs)))
+
+
+@pytest.mark.parametrize(
+    ("objective", "data", "task_is", "answers_base"),
+    [
+        ("dpo", "pairs.jsonl", "preference", True),
+        ("orpo", "pairs.jsonl", "preference", True),
+        ("reward", "pairs.jsonl", "preference", False),
+        ("text", "texts.jsonl", None, True),
+    ],
+)
+def test_preferences_and_raw_text_are_compared_too(where, judged, tmp_path, objective, data, task_is, answers_base):
+    method = "full" if objective == "dpo" else "lora"  # whose reference has to be known before the first step
+    seen = looked(where, f"method={method}", f"objective={objective}", data=data)
+    g = seen[1]
+    assert g["task"] == task_is and (g["base"] is not None) is answers_base
+    told = final(task(seen, method, kind="final", steps=3, lr=1e-3, run_seed=0, out=str(tmp_path), name="r"))
+    assert len(told["answers"]) == (len(g["records"]) if task_is else 0)
+    assert told["losses"] and all(n > 0 for _, n in told["losses"]) and len(told["curve"]) >= 2
+    if task_is and answers_base:
+        assert len(g["answers"]["base"]) == len(g["records"])

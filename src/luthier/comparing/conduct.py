@@ -116,7 +116,7 @@ class Conduct:
                 "seed": self.asked.seeds[0],
             }
             label = "base" if len(names) == 1 else f"base {number + 1}"
-            self.grounds[name] = self.job(label, task | {"answering": answering})
+            self.grounds[name] = self.job(label, task | {"answering": answering, "out": str(self.state.folder / "runs")})
             for s in here:
                 s.told = self.grounds[name]["rows"][s.row.name]
                 s.problem = s.told.get("refused", "")
@@ -152,6 +152,7 @@ class Conduct:
                 "rates": rates,
                 "default": default,
                 "seconds": seconds,
+                "out": str(self.state.folder / "runs"),
                 "folder": str(self.state.folder / "search" / _slug(s)),
             }
             try:

@@ -41,7 +41,7 @@ def ground(task: dict[str, Any]) -> dict[str, Any]:
     positions = limit - max(shifts, default=0)
     max_tokens = min(first.data.max_tokens or 2048, positions)
     task = task | {"max_tokens": max_tokens}
-    run = replace(first, data=replace(first.data, max_tokens=max_tokens))
+    run = replace(first, data=replace(first.data, max_tokens=max_tokens), out=task["out"])
     reading = Reading(test=task["test"], seed=task["seed"], positions=positions)
     prepared = reading(run, base.tokenizer, form=form_of(base))
     run = fitted(run, prepared)

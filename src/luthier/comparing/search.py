@@ -7,6 +7,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ def search(task: dict[str, Any]) -> dict[str, Any]:
     """Time a few steps, then try rates by successive halving on short runs, by the loss on rows to choose by. What an earlier process tried is kept."""
     where, deadline = Path(task["folder"]), task["seconds"]
     where.mkdir(parents=True, exist_ok=True)
+    share(where, Path(task["out"]))
     reading = Reading(test=task["test"], seed=task["seed"], positions=task["positions"], choose=task["choose"])
     kept = where / "tried.json"
     told: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {"tried": [], "rungs": None}
@@ -48,6 +50,15 @@ def search(task: dict[str, Any]) -> dict[str, Any]:
         rates = budget.survivors(found)
     told["probe"]["step"] = median_step(where, told["probe"]["step"])
     return told | {"lr": best if best is not None else task["default"] if len(task["rates"]) > 1 else task["rates"][0], "searched": best is not None}
+
+
+def share(where: Path, runs: Path) -> None:
+    """What runs keep beside one another (references, text of the base's own) is computed once for the searches and the runs that count."""
+    for name in (".references", ".replay"):
+        (runs / name).mkdir(parents=True, exist_ok=True)
+        if not (where / name).exists():
+            with suppress(OSError):  # a system without links computes it again
+                (where / name).symlink_to((runs / name).resolve(), target_is_directory=True)
 
 
 def probe(task: dict[str, Any], reading: Reading) -> dict[str, float]:
