@@ -49,9 +49,17 @@ def test_a_task_that_fails_says_why(module, text, error, said):
         numbers_of(module(text), {}, "the job")
 
 
-def test_a_task_ends_when_the_process_that_started_it_is_killed(tmp_path):
-    child = "import sys, time\nfrom luthier.comparing.apart import end_with_parent\nend_with_parent()\nopen(sys.argv[1], 'w').close()\ntime.sleep(60)"
-    parent = f"import subprocess, sys\np = subprocess.Popen([sys.executable, '-c', {child!r}, sys.argv[1]])\nprint(p.pid, flush=True)\np.wait()"
+@pytest.mark.parametrize("early", [False, True])
+def test_a_task_ends_when_the_process_that_started_it_is_killed(tmp_path, early):
+    # the story: a task whose parent was killed while torch was still being read took init for its parent, and went on beside the one that took its place
+    wait = "import os, time\nwhile os.path.exists(sys.argv[1] + '.wait'): time.sleep(0.05)\n" if early else ""
+    child = f"import sys, time\nopen(sys.argv[1], 'w').close()\n{wait}from luthier.comparing.apart import end_with_parent\nend_with_parent()\ntime.sleep(60)"
+    parent = (
+        "import os, subprocess, sys\nfrom luthier.comparing.apart import PARENT\n"
+        f"p = subprocess.Popen([sys.executable, '-c', {child!r}, sys.argv[1]], env=os.environ | {{PARENT: str(os.getpid())}})\n"
+        "print(p.pid, flush=True)\np.wait()"
+    )
+    (tmp_path / "started.wait").touch()
     started = tmp_path / "started"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen([sys.executable, "-c", parent, str(started)], stdout=subprocess.PIPE, text=True, env=environment)
@@ -62,6 +70,7 @@ def test_a_task_ends_when_the_process_that_started_it_is_killed(tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    (tmp_path / "started.wait").unlink()
     while time.monotonic() < until:
         with suppress(psutil.NoSuchProcess):
             if psutil.Process(number).status() != psutil.STATUS_ZOMBIE:

@@ -139,7 +139,7 @@ def test_a_run_that_is_killed_while_it_trains_comes_to_the_same_end(where, seen,
     asked = task(seen, "lora", kind="final", steps=24, lr=1e-2, run_seed=0, name="lora") | {"curve_rows": 0}
     whole = final(asked | {"out": str(tmp_path / "whole")})
     (tmp_path / "task.json").write_text(json.dumps(asked | {"out": str(tmp_path / "killed")}))
-    command = [sys.executable, "-m", "luthier.comparing.work", "--one", json.dumps({"file": str(tmp_path / "task.json")})]
+    command = [sys.executable, "-m", "luthier.comparing.task", "--one", json.dumps({"file": str(tmp_path / "task.json")})]
     process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     until = time.monotonic() + 120
     while not list((tmp_path / "killed" / "lora").glob("checkpoints/step-*/state.json")) and process.poll() is None and time.monotonic() < until:

@@ -18,6 +18,7 @@ from ..errors import Interrupted, LuthierError
 
 USER = 2  # the exit code of what the user can put right, as the command line has it
 STOPPED = 130
+PARENT = "LUTHIER_STARTED_BY"  # the process that waits for a task's numbers: it may be gone before the task is ready to ask whose child it is
 PATIENCE = 60.0  # seconds that a task gets to save what it has after Ctrl-C
 
 
@@ -28,7 +29,7 @@ def numbers_of(
 
     Raises LuthierError with the task's own sentence, or with the end of its trace where it broke; Interrupted after Ctrl-C.
     """
-    environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
+    environment = os.environ | {PARENT: str(os.getpid())} | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:  # a pipe that nobody reads would fill
         process = subprocess.Popen([sys.executable, "-m", module, "--one", json.dumps(task)], cwd=cwd, env=environment, stdout=out, stderr=err, text=True)
         code = _wait(process, wait)
@@ -64,8 +65,8 @@ def _wait(process: subprocess.Popen[str], wait: Callable[[float], None] | None) 
 
 
 def end_with_parent() -> None:
-    """Let this process end when the one that started it is gone, however that ended: nobody waits for its numbers any more."""
-    parent = os.getppid()
+    """Let this process end when the one that started it with `numbers_of` is gone, however that ended: nobody waits for its numbers any more."""
+    parent = int(os.environ.get(PARENT, os.getppid()))
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -23,7 +23,7 @@ from .state import ASKED, State
 from .sweep import rows_of
 
 EVERY = 10.0  # seconds between lines where there is no terminal
-WORK = "luthier.comparing.work"
+WORK = "luthier.comparing.task"
 
 
 def compare(asked: dict[str, Any], folder: Path, *, quiet: bool = False) -> Table:

@@ -1,4 +1,4 @@
-"""What runs in a process of its own: ``python -m luthier.comparing.work --one JSON``, where the JSON names a file with the task.
+"""What runs in a process of its own: see task.py; the JSON of --one names a file with the task.
 
 Its numbers are printed in the last line. What the user can put right is a sentence on stderr and exit code 2.
 """
@@ -19,7 +19,7 @@ from ..core import LuthierError
 from ..errors import Interrupted
 from ..session import execute
 from . import examine
-from .apart import STOPPED, USER, end_with_parent
+from .apart import STOPPED, USER
 from .budget import LOOKS
 from .files import own_bytes
 from .ground import ground
@@ -63,7 +63,6 @@ TASKS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"ground": ground
 
 def main(argv: list[str]) -> int:
     """Do the task of a file and print its numbers."""
-    end_with_parent()
     task = json.loads(Path(json.loads(argv[1])["file"]).read_text())
     try:
         with redirect_stdout(sys.stderr):
@@ -75,7 +74,3 @@ def main(argv: list[str]) -> int:
         return STOPPED
     print(json.dumps(numbers))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
