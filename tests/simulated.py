@@ -52,9 +52,10 @@ class World:
         told = {"trained": 1000, "whole": 10_000, "lr": 1e-3, "chooses": False, "shift": 0, "steps": 100_000}
         rows = {r["name"]: told | {"chooses": r["run"]["method"]["kind"] == "crafted_prompt"} for r in task["rows"]}
         return {
-            "rows": rows, "positions": 1024, "max_tokens": 1024, "tokens": {"train": 10**6, "choose": 9000, "test": 60_000}, "parameters": 10_000,
+            "rows": rows, "task": "bleu" if task["rows"][0]["run"]["objective"]["kind"] == "sft" else None,
+            "positions": 1024, "max_tokens": 1024, "tokens": {"train": 10**6, "choose": 9000, "test": 60_000}, "parameters": 10_000,
             "chosen_on": 150, "took": took, "loaded": self.start, "renders": "chat", "most": 100, "max_new": 64, "loss_rows": 300,
-             "median": 60, "general": {"value": 4.0, "n": 4000},
+            "median": 60, "general": {"value": 4.0, "n": 4000},
         }  # fmt: skip
 
     def search(self, task: dict[str, Any]) -> dict[str, Any]:

@@ -84,6 +84,11 @@ def test_a_folder_of_another_comparison_is_not_written_into(tmp_path):
         State(tmp_path / "other", {})
 
 
+def test_objectives_that_are_scored_differently_are_not_put_into_one_table(tmp_path):
+    with pytest.raises(LuthierError, match="scored by bleu and the loss, which do not compare"):
+        comparison(tmp_path / "c", World(), "method=lora", "objective=[sft,text]").go()
+
+
 def test_a_row_that_fails_is_told_and_the_others_go_on(tmp_path):
     world = World()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -120,6 +121,10 @@ class Conduct:
             for s in here:
                 s.told = self.grounds[name]["rows"][s.row.name]
                 s.problem = s.told.get("refused", "")
+        if len(scored := {g["task"] or "the loss" for g in self.grounds.values()}) > 1:
+            raise LuthierError(
+                f"these rows are scored by {' and '.join(sorted(map(str, scored)))}, which do not compare; compare one kind of objective at a time"
+            )
         large = [s for s in small if not s.problem and self.grounds[s.ground]["parameters"] >= LARGE]
         for s in rows:
             if s.problem:
@@ -127,8 +132,8 @@ class Conduct:
         return rows + large
 
     def _ground_of(self, row: Row) -> str:
-        r = row.run
-        return repr((r.model, r.data, r.objective, r.evaluate.tasks, r.tokens))
+        plain = config.plain(row.run)  # two objectives may have the same fields
+        return json.dumps([*(plain[k] for k in ("model", "data", "objective", "tokens")), plain["evaluate"]["tasks"]])
 
     def refuse_too_little(self, trained: list[Standing], able: list[Standing]) -> None:
         """Raise LuthierError where starting the processes alone takes the time that was given."""

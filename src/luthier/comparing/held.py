@@ -16,6 +16,7 @@ from typing import Any
 from ..core import LuthierError, Row
 from ..data.prepare import DECODER, Prepared, prepare
 from ..data.rows import Form
+from ..plugins import kind_of
 from ..reading import made_of, read_data
 from ..run import Run
 
@@ -48,10 +49,8 @@ class Reading:
         if d.mix is not None:
             raise LuthierError("data.mix: a comparison takes one data set; compare on each source by itself, or name the files in data.train")
         if "rollouts" in run.objective.needs:
-            raise LuthierError(
-                f"objective: a comparison needs held-out rows with a loss, and {type(run.objective).__module__.rpartition('.')[2]} answers prompts"
-            )
-        key = json.dumps([run.model.id, repr(run.objective), repr(d)])
+            raise LuthierError(f"objective: a comparison needs held-out rows with a loss, and {kind_of(run.objective)} answers prompts")
+        key = repr((run.model.id, kind_of(run.objective), run.objective, d))
         if key not in self._kept:
             began = time.perf_counter()
             self._kept[key] = self._read(run, tokenizer, say, form)

@@ -9,7 +9,7 @@ from statistics import mean
 from typing import Any
 
 from ..nn.intervals import Interval
-from ..plugins import plugin
+from ..plugins import kind_of, plugin
 from . import scoring
 from .conduct import Found, Standing
 from .pareto import front
@@ -272,6 +272,6 @@ def _about(found: Found, ground: Mapping[str, Any]) -> dict[str, Any]:
     run = found.rows[0].row.run
     keys = ("parameters", "test_rows", "chosen_on", "train_rows", "device", "threads", "renders", "no_base")
     return {
-        "base": run.model.id, "data": ", ".join(run.data.train), "objective": type(run.objective).__module__.rpartition(".")[2], "minutes": found.minutes,
+        "base": run.model.id, "data": ", ".join(run.data.train), "objective": kind_of(run.objective), "minutes": found.minutes,
         "spent": found.spent, "equal": found.equal, "seeds": found.seeds, "records": len(ground["records"]), **{k: ground[k] for k in keys},
     }  # fmt: skip
