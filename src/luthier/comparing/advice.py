@@ -12,6 +12,7 @@ from .outcome import Entry, Table
 STEEP = 0.03  # of what a curve fell by in all, in its last part: more than this and it was still learning
 FEW_ROWS = 50
 LITTLE = 0.5  # of the best's parameters: fewer are worth a sentence
+PRICE = 0.3  # nats of general text: forgetting so much more than another row is said even where that one is clearly worse
 KEPT = 0.05  # nats of general text: less forgotten is worth a sentence
 
 
@@ -89,6 +90,19 @@ def _kept(t: Table) -> str:
     return f"{least.name} forgets least among these: {least.forgotten:+.2f} nats a token of general text, {t.best.name} {t.best.forgotten:+.2f}."
 
 
+def _price(t: Table) -> str:
+    assert t.best is not None
+    much = t.best.forgotten
+    if much is None or any(e is not t.best and e.forgotten is not None and much - e.forgotten >= KEPT for e in as_good(t)):
+        return ""
+    spared = [e for e in t.rows if e.forgotten is not None and much - e.forgotten >= PRICE]
+    if not spared:
+        return ""
+    next_best = spared[0]  # rows come the best first
+    kept = f"{next_best.forgotten:+.2f}" if next_best.forgotten is not None else ""
+    return f"{t.best.name} pays for it with {much:+.2f} nats a token of general text; the best that keeps more is {cited(t, next_best)}, with {kept}."
+
+
 def _baseline(t: Table) -> str:
     for e in t.baselines:
         if e.quality is None or t.best is None or t.best.quality is None or e.name.startswith("the base"):
@@ -127,6 +141,7 @@ RULES = (
     Rule("best", "where one row is clearly ahead, nothing else has to be weighed", _best),
     Rule("smallest", "of rows that quality does not tell apart, fewer parameters are cheaper to train, keep and serve", _smallest),
     Rule("kept", "of rows that quality does not tell apart, the one that forgets less stays useful for other things", _kept),
+    Rule("price", "what is best at the task and forgets much is not best where other things are asked of the model as well", _price),
     Rule("baseline", "a model that does not beat copying has learned to look up, not to answer", _baseline),
 )
 CAVEATS = (
