@@ -1,28 +1,23 @@
-"""One task of a benchmark in a process of its own, so that its peak memory is its own: ``python -m MODULE --one JSON`` prints its numbers last."""
+"""One task of a benchmark in a process of its own, with the date and the commit beside its numbers."""
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from luthier.comparing import apart
+from luthier.errors import LuthierError
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def numbers_of(module: str, task: dict[str, Any], label: str, threads: int | None = None) -> dict[str, Any]:
     """What a task printed, with the date and the commit. ``threads``: of its products; None: as the environment has it. Ends the program where it failed."""
-    done = subprocess.run(
-        [sys.executable, "-m", module, "--one", json.dumps(task)],
-        cwd=ROOT,
-        env=os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)}),
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise SystemExit(f"{label}: failed\n{done.stderr[-3000:]}")
+    try:
+        numbers = apart.numbers_of(module, task, label, threads=threads, cwd=ROOT)
+    except LuthierError as e:
+        raise SystemExit(str(e)) from None
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    return json.loads(done.stdout.splitlines()[-1]) | {"date": time.strftime("%Y-%m-%d"), "commit": commit}
+    return numbers | {"date": time.strftime("%Y-%m-%d"), "commit": commit}

@@ -83,6 +83,7 @@ ENTRIES = [
 def one(task: dict[str, Any]) -> dict[str, Any]:
     """Train as told, reload what was saved, answer the test inputs: the numbers of a row."""
     from luthier import opening
+    from luthier.comparing.files import own_bytes
     from luthier.data.prepare import prepare
     from luthier.evaluate import score
     from luthier.measure import answer_rows, task_rows
@@ -121,7 +122,7 @@ def one(task: dict[str, Any]) -> dict[str, Any]:
             "general_before": result.before.general.value,
             "step": statistics.median(steps) if steps else None,
             "peak": result.peak_bytes,
-            "file": sum(f.stat().st_size for f in result.artefact.glob("*.safetensors") if f.name != "delta.safetensors" or not _other(result.artefact)),
+            "file": own_bytes(result.artefact),
             "seconds": round(took, 1),
         }
         if task["test"]:
@@ -168,8 +169,9 @@ def kept(artefact: Path) -> int:
     """Numbers of a saved delta: fewer than were trained where a network is dropped or differences are pruned."""
     from safetensors.torch import load_file
 
-    own = [f for f in artefact.glob("*.safetensors") if f.name != "delta.safetensors" or not _other(artefact)]
-    return sum(t.numel() for f in own for t in load_file(f).values() if t.is_floating_point())
+    from luthier.comparing.files import own_files
+
+    return sum(t.numel() for f in own_files(artefact) for t in load_file(f).values() if t.is_floating_point())
 
 
 def base_bytes(lm: Any) -> int:
@@ -189,10 +191,6 @@ def _model(precision: dict[str, Any]) -> str:
     if not (folder / "config.json").is_file():
         subprocess.run([sys.executable, "-m", "luthier", "quantize", "fiddle", "--output", str(folder)], check=True, stdout=subprocess.DEVNULL)
     return str(folder)
-
-
-def _other(folder: Path) -> bool:
-    return any(f.name != "delta.safetensors" for f in folder.glob("*.safetensors"))
 
 
 def run(task: dict[str, Any], label: str, threads: int) -> dict[str, Any]:

@@ -158,7 +158,7 @@ LAW: dict[str, set[str]] = {
     "overview": {"ledger", "measure", "progress", "report", "stages"},
     "progress": {"amounts", "anatomy", "core", "counts", "crafting", "data", "measure", "plugins", "report", "train", "session"},
 }
-ANYTHING_BUT_CLI = {"session", "relay", "__init__"}
+ANYTHING_BUT_CLI = {"session", "relay", "comparing", "__init__"}
 AXES = ("methods", "objectives", "precision", "place", "tasks", "speed")
 OPTIONAL = {"bitsandbytes", "sacrebleu", "rouge_score", "lm_eval", "tensorboard", "wandb", "trackio", "matplotlib", "vllm"}
 FOR_TESTS_ONLY = {"peft", "trl", "accelerate", "pytest"}

@@ -103,8 +103,15 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)  # one per evaluation
 
 
-def execute(run: Run, *, resume: Path | None = None, accept_changes: bool = False, reporter: Reporter | None = None) -> Result:
-    """Train ``run`` and write its folder. ``resume``: continue the run in that folder, bit for bit.
+def execute(
+    run: Run,
+    *,
+    resume: Path | None = None,
+    accept_changes: bool = False,
+    reporter: Reporter | None = None,
+    read: Callable[..., Prepared] = read_data,
+) -> Result:
+    """Train ``run`` and write its folder. ``resume``: continue the run in that folder, bit for bit. ``read``: what reads its data, called as `read_data`.
 
     Raises LuthierError for what the user can put right, Interrupted after Ctrl-C.
     """
@@ -127,7 +134,7 @@ def execute(run: Run, *, resume: Path | None = None, accept_changes: bool = Fals
         vocabulary.extend(base, run.tokens)
         say.note(f"{len(run.tokens)} tokens added to the vocabulary: {', '.join(run.tokens)}")
     room = min(base.max_positions, base.tokenizer.model_max_length) - getattr(run.method, "shift", 0)
-    prepared = read_data(run, base.tokenizer, positions=room, say=say.note, form=form_of(base))
+    prepared = read(run, base.tokenizer, positions=room, say=say.note, form=form_of(base))
     run = fitted(run, prepared)
     if resume is None:
         run = _in_memory(run, base, prepared, program, say)

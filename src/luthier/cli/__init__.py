@@ -20,6 +20,7 @@ VERBS = {  # written here, so that --help imports nothing
     "train": "Fine-tune a model, from a run file or straight from data.",
     "plan": "Predict what a run trains, how much memory it takes and how long, without weights.",
     "advise": "Say which method to use, why, what it would take, and write the run file for it.",
+    "compare": "Compare methods on the same data, seeds and budget: one table with plots, and advice.",
     "eval": "Score a model or an adapter on tasks, beside its base.",
     "generate": "Answer prompts from the command line or a file.",
     "predict": "Label texts with a classifier, as JSON lines.",
@@ -34,7 +35,7 @@ VERBS = {  # written here, so that --help imports nothing
     "kinds": "List the methods, objectives, precisions, places and tasks there are.",
     "doctor": "Say whether this machine and its packages are fit, and how fast they are.",
 }
-WITH_SETTINGS = ("train", "plan", "advise")  # verbs that take key=value
+WITH_SETTINGS = ("train", "plan", "advise", "compare")  # verbs that take key=value
 
 
 def main(argv: list[str] | None = None) -> int:
