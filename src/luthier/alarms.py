@@ -176,7 +176,6 @@ class Alarms:
         return (
             f"the held-out loss was lowest at step {s.best_step} ({best.value:.4f}) and is higher by {up:.4f} +- {sure:.4f} (95 %, on the same rows), "
             f"while the training loss fell from {_mean(s.best_train):.4f} to {_mean(window):.4f}"
-        ):.4f}"
         )
 
     def _window(self) -> list[float]:

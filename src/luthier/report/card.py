@@ -131,6 +131,7 @@ def _training(facts: Facts) -> Iterator[str]:
 
 def _results(facts: Facts) -> Iterator[str]:
     yield from verdict.sentences(facts)
+    yield from (f"{which}. {said}" for which, said in verdict.alarms(facts))
     before, after = facts.measures()
     yield from ("", "| measure | before | after | n |", "|---|---:|---:|---:|")
     for name, b in after.items():

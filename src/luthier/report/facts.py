@@ -217,11 +217,9 @@ def _measures(m: Mapping[str, Any]) -> dict[str, Number]:
     for name, key in ((HELD_OUT, "loss"), (GENERAL, "general")):
         if (made := _number(mapping(m.get(key)))) is not None:
             out[name] = made
-    for key, name in SUITE.items():
-        if (made := _number(mapping(mapping(m.get("suite")).get(key)))) is not None:
-            out[name] = made
-    scores = mapping(m.get("scores")) | {f"{RETAINED}{name}": s for name, s in mapping(m.get("retained")).items()}
-    for name, s in scores.items():
+    suite = {name: mapping(m.get("suite")).get(key) for key, name in SUITE.items()}
+    retained = {f"{RETAINED}{name}": s for name, s in mapping(m.get("retained")).items()}
+    for name, s in (mapping(m.get("scores")) | suite | retained).items():
         if (made := _number(mapping(s))) is not None:
             out[name] = made
     return out

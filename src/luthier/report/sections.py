@@ -98,13 +98,9 @@ def _said(value: Any) -> str:
 
 def verdict(facts: Facts) -> str:
     """What it came to, in sentences."""
-    alarms = "".join(
-        f'<p class="problem"><strong>Alarm: {e(a["alarm"])}</strong> at step {a["step"]:,}. {e(a["said"][:1].upper() + a["said"][1:])}. '
-        f"What to do: {e(a['advice'])}.</p>"
-        for a in facts.alarms
-    )
-    sentences = (s for s in words.sentences(facts) if not s.startswith("Alarm, "))
-    return alarms + '<section aria-label="Verdict"><div class="verdict">' + "".join(f"<p>{e(s)}</p>" for s in sentences) + "</div></section>"
+    alarms = "".join(f'<p class="problem"><strong>{e(which)}.</strong> {e(said)}</p>' for which, said in words.alarms(facts))
+    said = "".join(f"<p>{e(s)}</p>" for s in words.sentences(facts))
+    return f'{alarms}<section aria-label="Verdict"><div class="verdict">{said}</div></section>'
 
 
 def before_after(facts: Facts) -> str:
@@ -225,7 +221,7 @@ def retention(facts: Facts) -> str:
     """What was gained against what was kept of the base."""
     figure = curves_of.retention(facts)
     return (
-        f'<div class="one">{figure}</div><p class="soft small">Up is better at the task, to the left more is kept. The weights of the ringed point were saved.</p>'
+        f'<div class="one">{figure}</div><p class="soft small">Up is better at the task; to the left more is kept of what the base could do.</p>'
         if figure
         else ""
     )

@@ -57,10 +57,14 @@ def sentences(facts: Facts) -> Iterator[str]:
     yield _forgotten(before, after)
     if facts_lost := _facts(before, after):
         yield facts_lost
-    for alarm in facts.alarms:
-        yield f"Alarm, {alarm['alarm']} at step {alarm['step']:,}: {alarm['said']}. What to do: {alarm['advice']}."
     if all(a["alarm"] != "overfitting" for a in facts.alarms) and (late := _late(facts)) is not None:
         yield late
+
+
+def alarms(facts: Facts) -> Iterator[tuple[str, str]]:
+    """(which alarm, what was seen and what to do) of those that the run raised."""
+    for a in facts.alarms:
+        yield f"Alarm: {a['alarm']} at step {a['step']:,}", f"{a['said'][:1].upper()}{a['said'][1:]}. What to do: {a['advice']}."
 
 
 def _standing(facts: Facts) -> str:
