@@ -186,7 +186,7 @@ class Alarms:
 
     def _advice(self, kind: str, step: int) -> str:
         e, replay, rate = self.run.evaluate, self.run.data.replay, self.run.optim.lr
-        lower = "" if rate is None else f"lower optim.lr (it is {rate:.3g})"
+        lower = "lower optim.lr" + ("" if rate is None else f" (it is {rate:.3g})")
         if kind == OVERFITTING:
             kept = f"the weights of step {self.state.best_step} are kept (evaluate.best)" if e.best else "evaluate.best=true keeps the weights of the best step"
             return f"{kept}; to stop there: evaluate.alarm=stop, fewer optim.epochs or optim.steps; to get further: more or more varied data, or {lower}"
