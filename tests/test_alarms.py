@@ -145,7 +145,7 @@ def home(tmp_path_factory):
     (folder / "noise.jsonl").write_text("".join(json.dumps({"prompt": words(), "completion": words()}) + "\n" for _ in range(40)))
     rows = Task().rows("train")[:120]
     (folder / "notes.jsonl").write_text("".join(json.dumps({k: r[k] for k in ("prompt", "completion")}) + "\n" for r in rows))
-    (folder / "general.txt").write_text("\n<|endoftext|>\n".join(GENERAL.read_text().split("\n<|endoftext|>\n")[:4]))
+    (folder / "general.txt").write_text("\n<|endoftext|>\n".join(GENERAL.read_text().split("\n<|endoftext|>\n")[:3]))
     return folder
 
 
@@ -162,11 +162,9 @@ def run_of(home, out, data, *more, model="fiddle"):
     return execute(load_run(None, [*own, *more]), reporter=QUIET)
 
 
-OVERFITS = [
-    *"method=full optim.lr=1e-2 optim.schedule=constant optim.batch_tokens=300 optim.steps=70 evaluate.every_steps=10".split(),
-    *"data.validation_share=0.4 evaluate.forgetting=false checkpoint.every_steps=35".split(),
-]
-FORGETS = "method=full optim.lr=1e-2 optim.batch_tokens=300 optim.steps=6 evaluate.every_steps=2 checkpoint.every_steps=99 data.validation_share=0.2".split()
+COMMON = "method=full evaluate.every_steps={} checkpoint.every_steps={} data.validation_share={}"
+OVERFITS = (COMMON.format(10, 35, 0.4) + " optim.lr=1e-2 optim.schedule=constant optim.batch_tokens=300 optim.steps=70 evaluate.forgetting=false").split()
+FORGETS = (COMMON.format(2, 99, 0.1) + " optim.lr=4e-3 optim.batch_tokens=300 optim.steps=8").split()
 
 
 def test_a_run_made_to_overfit_raises_its_alarm_and_can_be_stopped_by_it(home, tmp_path):
@@ -193,25 +191,23 @@ def test_a_run_made_to_forget_raises_its_alarm_and_keeps_what_has_not_forgotten_
     assert result.after.general.value > 1.1 * result.before.general.value and result.after.suite["facts"].value < 2 / 3
     assert result.after.suite["moved"].value > 0.3 > result.before.suite["moved"].value == 0
     stopped = run_of(home, tmp_path / "b", "notes.jsonl", *FORGETS, "evaluate.alarm=stop")
-    assert stopped.steps == alarm.step < result.steps and stopped.best_step <= stopped.steps
+    assert stopped.steps == alarm.step == 6 < result.best_step and stopped.best_step == 2, "the later weights are better at the task, and beyond what is wanted"
     Reporter().result(stopped)
     said = " ".join(capsys.readouterr().out.split())
     assert "stopped early: forgetting: the loss on general text rose" in said and "known facts kept" in said
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_a_healthy_run_raises_none(home, tmp_path, method):
-    """The same rows and steps, at a rate that learns them slowly."""
-    lr = {"lora": "5e-3", "full": "2e-4"}[method]
-    result = run_of(home, tmp_path, "notes.jsonl", *FORGETS, f"method={method}", f"optim.lr={lr}")
-    assert result.alarms == [] and result.after.loss.value < result.before.loss.value - 0.05
+def test_a_healthy_run_raises_none(home, tmp_path):
+    """The same rows, by the same steps of another method at its default rate."""
+    result = run_of(home, tmp_path, "notes.jsonl", *FORGETS, "method=lora", "optim.lr=4.5e-3")
+    assert result.alarms == [] and result.after.loss.value < result.before.loss.value - 0.2
     assert "alarm" not in (result.folder / "metrics.jsonl").read_text()
 
 
 WRONG = [
     ("evaluate.alarm=loud", "accepted are warn, stop, off"),
     ("evaluate.retain=bleu", "evaluate.retain: bleu has no rows of its own"),
-    ("evaluate.retain=nosuch", "nosuch"),
+    ("evaluate.retain=nosuch", "evaluate.retain: "),
     ("evaluate.retain_rows=0", "evaluate.retain_rows"),
 ]
 

@@ -30,7 +30,7 @@ from .run import Run
 
 GENERAL = Path(__file__).parent / "assets" / "general" / "general.txt"
 ANSWER_ROWS = 32  # answers written at a time
-BATCHES = 24  # of held-out rows, about, where there are as many rows
+BATCHES, SHORT = 24, 256  # batches of held-out rows, about; tokens of one
 LINES = {"instructions": "instructions_loss", "sampled": "sampled_loss", "moved": "general_kl", "facts": "known_facts"}  # in metrics.jsonl
 OWN_TASK = {"label": "classification", "ranked": "preference", "pairs": "preference"}  # scored unasked, by how the objective's rows are rendered
 
@@ -281,8 +281,12 @@ def group(rows: Sequence[Row], tokens: int, packed: bool) -> list[list[Row]]:
 
 
 def small_enough(rows: Sequence[Row], most: int) -> int:
-    """Tokens of a batch of held-out rows: at most ``most``, and so few that there are BATCHES of them, whose losses say how sure a change of the loss is."""
-    return max(1, min(most, sum(sum(sides(r)) for r in rows) // BATCHES))
+    """Tokens of a batch of held-out rows: so few that there are some batches, whose losses say how sure a change of the loss is, and at most ``most``.
+
+    BATCHES of them, but for short data fewer, down to a third, rather than batches of less than SHORT tokens, which take longer by the token.
+    """
+    total = sum(sum(sides(r)) for r in rows)
+    return max(1, min(most, max(total // BATCHES, min(SHORT, 3 * total // BATCHES))))
 
 
 def task_rows(records: Sequence[Any]) -> list[dict[str, Any]]:

@@ -28,6 +28,7 @@ import torch
 from .core import LuthierError, Objective, Row, next_token_batch, scored
 from .data.codec import Codec
 from .divergence import Moved, said, states
+from .errors import ConfigError
 from .evaluate import Score, score
 from .measure import GENERAL, Mean, Measures, Scorer, answer_rows, can_write, group, to_device
 from .objectives import sft
@@ -196,7 +197,10 @@ def _between(scorer: Scorer) -> float:
 def _tasks(run: Run) -> Iterator[tuple[str, Any, list[dict[str, Any]]]]:
     """The tasks that are to be retained, with their rows."""
     for kind in dict.fromkeys(run.evaluate.retain):
-        task = plugin("tasks", kind)()
+        try:
+            task = plugin("tasks", kind, files=True)()
+        except ConfigError as e:
+            raise ConfigError(f"evaluate.retain: {e}") from None
         rows = task.rows("validation")[: run.evaluate.retain_rows]
         if not rows:
             raise LuthierError(
