@@ -95,6 +95,7 @@ LAW: dict[str, set[str]] = {
     "l2sp": {"core", "lowrank", "plugins", "policy", "site"},
     "divergence": {"core", "nn", "policy", "references"},
     "retention": {"core", "data", "divergence", "evaluate", "measure", "objectives", "plugins", "policy", "reading", "references", "run"},
+    "spectrum": {"adapter", "core", "hub", "lowrank", "nn", "run"},
     "alarms": {"evaluate", "measure", "nn", "run"},
     "difficulty": {"core", "data", "plugins", "policy", "references", "run"},
     "forgetting": {"core", "data", "evaluate", "keeping", "l2sp", "measure", "plugins", "policy", "replaying", "run", "voices"},
