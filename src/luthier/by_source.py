@@ -27,13 +27,14 @@ def runs_of(run: Run, prepared: Prepared) -> Iterator[tuple[str, Any, Prepared, 
 def pooled(run: Run, losses: Mapping[str, Losses]) -> Losses:
     """The loss over the held-out rows of all sources, each term over all of its units."""
     terms: Mapping[str, float] = run.objective.terms
-    out = Losses(dict.fromkeys(terms, 0.0), dict.fromkeys(terms, 0), dict(terms))
+    sums, counts, parts = dict.fromkeys(terms, 0.0), dict.fromkeys(terms, 0), []
     for name, own in losses.items():
         within = f"{part_of(run, name)[0]}." if run.objective.renders == "mixed" else ""
+        parts += [({within + k: v for k, v in a.items()}, {within + k: n for k, n in b.items()}) for a, b in own.parts]
         for k in own.sums:
-            out.sums[within + k] += own.sums[k]
-            out.counts[within + k] += own.counts[k]
-    return out
+            sums[within + k] += own.sums[k]
+            counts[within + k] += own.counts[k]
+    return Losses(sums, counts, dict(terms), tuple(parts))
 
 
 def average(scores: Sequence[Score]) -> Score:

@@ -47,6 +47,9 @@ NOTHING = "the held-out data has nothing to score: no token of it is trained on"
 # --- held-out loss ---------------------------------------------------------------------------------------------------
 
 
+Part = tuple[dict[str, float], dict[str, int]]  # (sums, counts) by term
+
+
 @dataclass(frozen=True)
 class Losses:
     """Summed held-out loss and its count, by term."""
@@ -54,6 +57,7 @@ class Losses:
     sums: dict[str, float]
     counts: dict[str, int]
     weights: dict[str, float]
+    parts: tuple[Part, ...] = ()  # the same of each batch, in their order
 
     @property
     def terms(self) -> dict[str, float]:
@@ -80,6 +84,7 @@ def loss_on(policy: Any, objective: Objective, batches: Iterable[Batch]) -> Loss
     """Loss on held-out batches, which are where the policy is. The policy is put into evaluation mode and back."""
     sums = dict.fromkeys(objective.terms, 0.0)
     counts = dict.fromkeys(objective.terms, 0)
+    parts: list[Part] = []
     training = policy.training
     policy.eval()
     try:
@@ -89,14 +94,35 @@ def loss_on(policy: Any, objective: Objective, batches: Iterable[Batch]) -> Loss
         for batch in batches:
             if not any(batch.units.values()):
                 continue
-            for name, value in objective.loss(policy, batch).sums.items():
-                sums[name] += float(value)
-                counts[name] += batch.units.get(name, 0)
+            own = {name: float(value) for name, value in objective.loss(policy, batch).sums.items()}
+            parts.append((own, {name: batch.units.get(name, 0) for name in own}))
+            for name, value in own.items():
+                sums[name] += value
+                counts[name] += parts[-1][1][name]
     finally:
         policy.train(training)
     if not any(counts.values()):
         raise LuthierError(NOTHING)
-    return Losses(sums, counts, dict(objective.terms))
+    return Losses(sums, counts, dict(objective.terms), tuple(parts))
+
+
+def rise(before: Losses, now: Losses) -> tuple[float, float]:
+    """(how much the loss rose, its standard error) from one measurement to another of the same batches, taken as a sample of such batches.
+
+    Of each term a ratio of sums, linearised (Cochran, 1977, Sampling Techniques, section 6.4), so batches of unlike size count as they should. The error is
+    infinite where there are fewer than two batches. Raises LuthierError for measurements of different batches.
+    """
+    n = len(now.parts)
+    if n != len(before.parts) or any(a[1] != b[1] for a, b in zip(before.parts, now.parts, strict=True)):
+        raise LuthierError("two measurements of the held-out loss are of different batches")
+    change = {k: (now.sums[k] - before.sums[k]) / c for k, c in now.counts.items() if c}
+    if n < 2:
+        return sum(now.weights[k] * d for k, d in change.items()), math.inf
+    left_N = np.zeros(n)
+    for k, d in change.items():
+        own_N = [b[0].get(k, 0.0) - a[0].get(k, 0.0) - d * b[1].get(k, 0) for a, b in zip(before.parts, now.parts, strict=True)]
+        left_N += now.weights[k] * np.array(own_N) / now.counts[k]
+    return sum(now.weights[k] * d for k, d in change.items()), float(math.sqrt(n / (n - 1) * (left_N**2).sum()))
 
 
 # --- the baseline that copies ----------------------------------------------------------------------------------------

@@ -31,6 +31,8 @@ from .run import Run
 
 GENERAL = Path(__file__).parent / "assets" / "general" / "general.txt"
 ANSWER_ROWS = 32  # answers written at a time
+BATCHES, SHORT = 24, 256  # batches of held-out rows, about; tokens of one
+LINES = {"instructions": "instructions_loss", "sampled": "sampled_loss", "moved": "general_kl", "facts": "known_facts"}  # in metrics.jsonl
 OWN_TASK = {"label": "classification", "ranked": "preference", "pairs": "preference"}  # scored unasked, by how the objective's rows are rendered
 
 
@@ -52,6 +54,8 @@ class Measures:
     replayed: Mean | None = None  # the same on held-out rows of what is replayed beside the data
     scores: dict[str, Score] = field(default_factory=dict)  # of a mixture SOURCE/SCORE, and SCORE for their average
     sources: dict[str, Mean] = field(default_factory=dict)  # of a mixture: the loss of each source on its own held-out rows
+    suite: dict[str, Mean] = field(default_factory=dict)  # what is retained (retention.py): instructions, sampled, moved, facts
+    retained: dict[str, Score] = field(default_factory=dict)  # of tasks that are to be retained: TASK/SCORE
 
     @property
     def average(self) -> float | None:
@@ -69,7 +73,8 @@ class Measures:
             out["replayed_loss"] = self.replayed.value
         if self.average is not None:
             out |= {"average_loss": self.average} | {f"{name}/loss": m.value for name, m in self.sources.items()}
-        for name, s in self.scores.items():
+        out |= {LINES.get(name, name): m.value for name, m in self.suite.items()}
+        for name, s in (self.scores | {f"retained/{name}": s for name, s in self.retained.items()}).items():
             out |= {name: s.value, f"{name}_low": s.low, f"{name}_high": s.high}
         return out
 
@@ -79,7 +84,8 @@ class Measures:
         mean = lambda m: None if m is None else Mean(**m)  # noqa: E731
         scores = {k: Score(**s) for k, s in d.get("scores", {}).items()}
         sources = {k: Mean(**m) for k, m in d.get("sources", {}).items()}
-        return cls(mean(d.get("loss")), mean(d.get("general")), mean(d.get("replayed")), scores, sources)
+        suite, retained = {k: Mean(**m) for k, m in d.get("suite", {}).items()}, {k: Score(**s) for k, s in d.get("retained", {}).items()}
+        return cls(mean(d.get("loss")), mean(d.get("general")), mean(d.get("replayed")), scores, sources, suite, retained)
 
 
 Rewarding = Callable[[Sequence[Row]], dict[str, Score]]
@@ -94,13 +100,15 @@ class Scorer:
         self.replayed: Callable[[], Mean | None] | None = None  # the loss on held-out rows of what a run replays
         answers = objective.renders == "prompts"  # what is held out are prompts, which have no loss
         self.sources = {name: Scorer(policy, goal, rows, own, packed=packed) for name, goal, rows, own in by_source.runs_of(run, prepared)}
-        self.groups = [] if answers or self.sources else group(prepared.validation, run.optim.micro_tokens, packed)
+        self.groups = [] if answers or self.sources else group(prepared.validation, small_enough(prepared.validation, run.optim.micro_tokens), packed)
+        self.held_out: Losses | None = None  # the last measurement of the held-out loss, batch by batch
         self.general: Objective = text_objective.Objective() if policy.base.anatomy.kind == "decoder" else masked_text.Objective()
         self.general_groups = group(self._general_rows(), run.optim.micro_tokens, packed) if run.evaluate.forgetting else []
 
     def measure(self, *, tasks: bool, say: Any = None) -> Measures:
         """Held-out and general loss; with ``tasks`` the run's tasks too."""
-        out = Measures(self._loss(self.objective, self.groups), self._loss(self.general, self.general_groups))
+        self.held_out = self.losses(self.objective, self.groups) if self.groups else None
+        out = Measures(None if self.held_out is None else _mean(self.held_out, self.objective), self._loss(self.general, self.general_groups))
         if tasks and self.replayed is not None:
             out.replayed = self.replayed()
         if self.sources:
@@ -125,7 +133,7 @@ class Scorer:
                 out.scores[f"{name}/{score_name}"] = value
                 named[score_name].append(value)
         if losses:
-            whole = by_source.pooled(self.run, losses)
+            self.held_out = whole = by_source.pooled(self.run, losses)
             out.loss = Mean(whole.value, whole.n, "units") if self.objective.renders == "mixed" else _mean(whole, self.objective)
         out.scores |= {name: by_source.average(values) for name, values in named.items() if len(values) > 1}
 
@@ -271,6 +279,15 @@ def group(rows: Sequence[Row], tokens: int, packed: bool) -> list[list[Row]]:
         out[-1].append(row)
         total += length(row)
     return out
+
+
+def small_enough(rows: Sequence[Row], most: int) -> int:
+    """Tokens of a batch of held-out rows: so few that there are some batches, whose losses say how sure a change of the loss is, and at most ``most``.
+
+    BATCHES of them, but for short data fewer, down to a third, rather than batches of less than SHORT tokens, which take longer by the token.
+    """
+    total = sum(sum(sides(r)) for r in rows)
+    return max(1, min(most, max(total // BATCHES, min(SHORT, 3 * total // BATCHES))))
 
 
 def task_rows(records: Sequence[Any]) -> list[dict[str, Any]]:

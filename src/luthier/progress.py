@@ -17,6 +17,7 @@ from . import counts
 from .amounts import clock
 from .anatomy import numbers
 from .plugins import kind_of
+from .report.facts import SUITE
 
 if TYPE_CHECKING:
     from .core import Base
@@ -212,6 +213,10 @@ class Reporter:
         self.console.print(table)
         if r.stopped:
             self.note(f"stopped early: {r.stopped}")
+        for alarm in r.alarms:
+            self.note(
+                f"alarm: {alarm.kind} at step {alarm.step}, see above" + ("" if r.best_step >= alarm.step else f"; kept are the weights of step {r.best_step}")
+            )
         speed = f", {r.tokens / r.seconds:,.0f} tokens/s" if r.seconds else ""
         self.note(
             f"{r.trained:,} of {r.total:,} parameters trained ({r.trained / r.total:.3%}); {r.steps} steps, {r.tokens:,} tokens, {clock(r.seconds)}{speed}"
@@ -240,8 +245,13 @@ def rows_of(before: Measures, after: Measures) -> dict[str, tuple[str, str]]:
             out["  average of them"] = (f"{before.average:.4f}", f"{after.average:.4f}")
             for source, m in after.sources.items():
                 out[f"  {source}"] = (f"{before.sources[source].value:.4f}", f"{m.value:.4f}  n={m.n:,} {m.unit}")
-    for name, s in after.scores.items():
-        out[name] = (str(before.scores[name]) if name in before.scores else "", str(s))
+    for key, name in SUITE.items():
+        if key in before.suite and key in after.suite:
+            a, b = before.suite[key], after.suite[key]
+            out[name] = (f"{a.value:.1%}", f"{b.value:.1%}  n={b.n}") if key == "facts" else (f"{a.value:.4f}", f"{b.value:.4f}  n={b.n:,} {b.unit}")
+    for had, has, kind in ((before.scores, after.scores, ""), (before.retained, after.retained, "retained ")):
+        for name, s in has.items():
+            out[f"{kind}{name}"] = (str(had[name]) if name in had else "", str(s))
     return out
 
 
@@ -262,5 +272,7 @@ def _sentence(m: Measures) -> str:
         parts.append("by source: " + " ".join(f"{name} {one.value:.3f}" for name, one in m.sources.items()))
     if m.replayed is not None:
         parts.append(f"replayed text {m.replayed.value:.4f}")
-    parts += [f"{name} {s}" for name, s in m.scores.items()]
+    parts += [f"{name} {s}" for name, s in (m.scores | m.retained).items()]
+    short = (("instructions", "instructions {:.4f}"), ("sampled", "fiddle's text {:.4f}"), ("moved", "KL from before {:.4f}"), ("facts", "known facts {:.0%}"))
+    parts += [form.format(m.suite[key].value) for key, form in short if key in m.suite]
     return ", ".join(parts) or "nothing to measure"

@@ -42,9 +42,9 @@ def bring(
     """
     if "reference" not in objective.needs:
         return ""
-    trains_base = _trains_base(policy)
+    gone = trains_base(policy)
     if objective.reference == "live":
-        if trains_base or started:
+        if gone or started:
             what = "starts from a saved delta, which it then changes" if started else "trains the base's own weights"
             raise Incompatible(f"objective.reference=live: this run {what}, so its reference is gone after the first step; set objective.reference=cached")
         return ""
@@ -73,7 +73,8 @@ def known_logps(
     return known, f"{len(wanted):,} answers: {len(wanted) - len(missing):,} known, {len(missing):,} computed{kept}"
 
 
-def _trains_base(policy: Policy) -> bool:
+def trains_base(policy: Policy) -> bool:
+    """Whether training changes the base itself, so that what it was is gone after the first step."""
     return policy.method is not None and policy.method.edits == "weights" and not getattr(policy.method, "reversible", False)
 
 
@@ -105,7 +106,7 @@ def logps(policy: Policy, examples: Sequence[Row], *, tokens: int, packed: bool,
 @contextmanager
 def as_it_was(policy: Policy, started: bool) -> Iterator[None]:
     """What the policy is before the first step: as it stands where training ``started`` from a delta or is of the base itself, else the base, the delta off."""
-    if not (started or _trains_base(policy)):
+    if not (started or trains_base(policy)):
         with policy.reference():
             yield
         return

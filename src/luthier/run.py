@@ -237,7 +237,13 @@ class Evaluate:
     task_rows: Annotated[int, Range(1)] = 200
     """At most so many rows per task."""
     forgetting: bool = True
-    """Measure the loss on general text before and after."""
+    """Measure what is retained: loss on general text, instructions and more, KL from before, known facts; see docs/forgetting.md."""
+    retain: tuple[str, ...] = ()
+    """Tasks with rows of their own that are scored before, at every evaluation and after, because the run is to keep them (instruments, ./mine.py)."""
+    retain_rows: Annotated[int, Range(1)] = 50
+    """At most so many rows of each of these."""
+    alarm: Literal["warn", "stop", "off"] = "warn"
+    """When the run forgets or overfits: warn, stop it as well, or watch neither."""
     knowledge: Literal["watch", "stop", "off"] = "watch"
     """Rows with a column knowledge (luthier data knowledge --out): follow each category; stop: end where Unknown is memorised while Known decays."""
     knowledge_rows: Annotated[int, Range(1)] = 50

@@ -39,6 +39,7 @@ from . import (
     rollouts,
     vocabulary,
 )
+from .alarms import Alarm, Alarms
 from .anatomy import modules, numbers
 from .by_source import Told
 from .core import LuthierError, Row
@@ -63,6 +64,7 @@ from .plugins import kind_of
 from .progress import Reporter
 from .reading import batches_of, fitted, form_of, read_data, sections, together
 from .report import card, page, recording
+from .retention import Suite
 from .rewards import Judge
 from .rollouts import Watch
 from .run import Run
@@ -86,6 +88,7 @@ class Result:
     best_step: int
     stopped: str = ""  # why it ended before its last step
     replayed: dict[str, float] = field(default_factory=dict)  # tokens of what is replayed, their share, passes over it; empty: nothing is
+    alarms: list[Alarm] = field(default_factory=list)  # that it forgot, that it overfitted
 
 
 @dataclass
@@ -101,6 +104,7 @@ class Progress:
     tokens: int = 0
     before: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)  # one per evaluation
+    alarms: dict[str, Any] = field(default_factory=dict)  # what they have seen so far
 
 
 def execute(
@@ -229,6 +233,8 @@ class Session:
         self.scorer = Scorer(self.policy, self.objective, prepared, self.run, packed=self.packed, rewarded=self._rewarded if self.judge else None)
         self.familiarity = Familiarity.of(self.policy, self.objective, prepared, self.run, packed=self.packed)
         self.scorer.replayed = self.against.held_out
+        self.suite = Suite.of(self.scorer, say.note)
+        self.alarms = Alarms(self.run, Measures())
         self.progress = Progress()
         self.why_lr = why
         self.stopped = ""
@@ -267,12 +273,14 @@ class Session:
                 self.familiarity.recall(log.path, self.progress.step)
         try:
             if state is None:
-                before = self.scorer.measure(tasks=True, say=self.say)
+                before = self._measure(tasks=True)
                 self.progress.before = asdict(before)
                 log.write("before", 0, before.numbers())
                 self._samples(0)
                 self.say.measured("before training", before)
                 self._familiar(0, log)
+            self.alarms = Alarms(self.run, Measures.from_dict(self.progress.before))
+            self.alarms.recall(self.progress.alarms)
             if self.chooses:
                 self._choose(log)
             else:
@@ -322,6 +330,7 @@ class Session:
                 took = time.perf_counter() - began
                 step = replace(step, loss=self.against.own_loss(step.terms, step.loss))
                 p.step, p.seconds, p.tokens = step.step, p.seconds + took, p.tokens + step.tokens
+                self.alarms.trained(step.loss)
                 if step.step % self.run.log.every_steps == 0 or step.step == self.steps or not step.finite:
                     log.write("train", step.step, _line(step, took))
                 self._rollouts(step.step, log)
@@ -405,19 +414,22 @@ class Session:
 
     def _evaluate(self, step: Step, log: Log) -> None:
         p = self.progress
-        now = self.scorer.measure(tasks=False)
+        now = self._measure(tasks=False)
         log.write("evaluation", step.step, now.numbers() | (self.mixture.epochs() if self.mixture is not None else {}))
         p.history.append({"step": step.step, "train": step.loss, **now.numbers()})
         pending = self.policy.delta is not None and self.policy.delta.pending is not None and self.policy.delta.pending()
         worth = _worth(now)
+        raised = self.alarms.see(step.step, now, self.scorer.held_out, last=step.step == self.steps)
+        beyond = self.run.evaluate.alarm == "stop" and self.alarms.forgets and p.best_step > 0  # better at the task, and not what is wanted
         if pending or worth is None:  # of another form than what will be saved, or without a measure: neither the best nor a sign to stop
             pass
-        elif worth < p.best_loss:
+        elif worth < p.best_loss and not beyond:
             p.best_loss, p.best_step, p.stale = worth, step.step, 0
             self._keep_best()
         else:
             p.stale += 1
         self.say.evaluated(step, now, best=p.best_step == step.step)
+        self._alarm(raised, log)
         self._familiar(step.step, log)
         if self._samples(step.step) == 0 and 2 * step.step >= self.steps and not self.warned:
             self.warned = True  # early in a run it is usual, and once is enough
@@ -426,6 +438,21 @@ class Session:
             )
         if self.run.evaluate.patience is not None and p.stale >= self.run.evaluate.patience:
             self.stopped = f"no better {'held-out reward' if self.judge else 'validation loss'} in {p.stale} evaluations"
+
+    def _measure(self, *, tasks: bool) -> Measures:
+        """A visit to the held-out data and to what is to be retained."""
+        out = self.scorer.measure(tasks=tasks, say=self.say)
+        if self.suite is not None:
+            self.suite.measure(out, say=self.say)
+        return out
+
+    def _alarm(self, raised: list[Alarm], log: Log) -> None:
+        """Say and log alarms, and stop by them where that is asked."""
+        for alarm in raised:
+            log.write("alarm", alarm.step, {"alarm": alarm.kind, "said": alarm.said, "advice": alarm.advice})
+            self.say.warn(f"{alarm.kind} at step {alarm.step}: {alarm.said}. What to do: {alarm.advice}.")
+            if self.run.evaluate.alarm == "stop" and alarm.step < self.steps:
+                self.stopped = self.stopped or f"{alarm.kind}: {alarm.said}"
 
     def _familiar(self, step: int, log: Log) -> None:
         """How well what the model knew and did not know is answered by now, and whether to stop by it."""
@@ -437,7 +464,7 @@ class Session:
         if self.run.evaluate.best and p.best_step and p.best_step != p.step:
             self.optimizer.load_masters(adapter.read_tensors(self.folder / "best" / "masters.safetensors"))
             self.say.note(f"kept the weights of step {p.best_step}, the best on validation")
-        after = self.scorer.measure(tasks=True, say=self.say)
+        after = self._measure(tasks=True)
         log.write("after", p.step, after.numbers())
         if self.watch.rollouts and not rollouts.draw(self.watch.rollouts, self.folder / "rollouts.png"):
             self.say.note("matplotlib is not installed (pip install 'luthier[plots]'), so rollouts.png was not drawn; its numbers are in metrics.jsonl")
@@ -447,6 +474,7 @@ class Session:
             self.say.mixture(f"the mixture after {p.step} steps:", self.mixture.so_far())
         if replayed := forgetting.replayed(self.feed):
             facts["replayed"] = replayed
+        facts["alarms"] = [asdict(a) for a in self.alarms.raised]
         extra = {"training": facts, remembered.KEY: remembered.told(self.policy, self.run.model.template)}
         adapter.save(self.policy, self.folder / adapter.writes(self.policy.method), objective=self.objective, extra=extra)
         trained, whole = counts.total(self.policy)
@@ -457,6 +485,7 @@ class Session:
     # --- pieces -------------------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
+        self.progress.alarms = self.alarms.kept()
         facts = {"progress": asdict(self.progress), "run": config.plain(self.run), "digest": config.digest(self.run), "luthier": __version__}
         checkpoint.save(self.folder, self.progress.step, self.policy, self.optimizer, self.feed, keep=self.run.checkpoint.keep, facts=facts)
 
@@ -533,6 +562,7 @@ class Session:
             self._best(),
             self.stopped,
             forgetting.replayed(self.feed),
+            self.alarms.raised,
         )
 
     def _best(self) -> int:

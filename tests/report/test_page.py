@@ -96,7 +96,7 @@ def test_trained_tokens_are_marked_and_no_others(made):
 def test_points_of_the_charts_are_the_metrics_values_in_pixels(made):
     lines = [json.loads(x) for x in (made / "metrics.jsonl").read_text().splitlines()]
     facts = read(made)
-    loss, gap, general, lr, *_ = curves.over_steps(facts)
+    loss, gap, general, parts, moved, known, lr, *_ = curves.over_steps(facts)
     train = [(x["step"], x["loss"]) for x in lines if x["event"] == "train"]
     held = [(x["step"], x["loss"]) for x in lines if x["event"] in ("before", "evaluation")]
     assert len(train) == 8 and [s for s, _ in held] == [0, 2, 4, 6, 8]
@@ -107,18 +107,21 @@ def test_points_of_the_charts_are_the_metrics_values_in_pixels(made):
     assert points(loss) == [pytest.approx(place(*p), abs=0.006) for p in (*train, *held)]
     dots = re.findall(r'class="dot s2" cx="([\d.]+)" cy="([\d.]+)"', loss)
     assert [tuple(map(float, d)) for d in dots] == [pytest.approx(place(*p), abs=0.006) for p in held]
-    assert len(points(gap)) == 4 and len(points(general)) == 5 and len(points(lr)) == 8
+    assert len(points(gap)) == 4 and len(points(general)) == len(points(moved)) == 5 and len(points(parts)) == 10 and len(points(lr)) == 8
+    assert known == "", "a base of random weights knows no fact"
     mean = (train[2][1] + train[3][1]) / 2
     assert f"{chart.short(held[2][1] - mean)} at 4" in gap
 
 
 def test_target_against_retention_joins_the_evaluations_in_order(made):
     lines = [json.loads(x) for x in (made / "metrics.jsonl").read_text().splitlines()]
-    met = [(x["general_loss"], x["loss"]) for x in lines if x["event"] in ("before", "evaluation")]
-    across, up = chart.scales([chart.Series("", [*met, *((x["general_loss"], x["loss"]) for x in lines if x["event"] == "after")])])
+    met = [x for x in lines if x["event"] in ("before", "evaluation")]
+    place = lambda x: (x["general_loss"] - met[0]["general_loss"], met[0]["loss"] - x["loss"])  # noqa: E731
+    across, up = chart.scales([chart.Series("", [place(x) for x in lines if x["event"] in ("before", "evaluation", "after")])])
     figure = curves.retention(read(made))
-    assert points(figure) == [pytest.approx((across(x), up(y)), abs=0.006) for x, y in met]
-    assert "step 4: held-out loss" in figure and "what was kept" in figure
+    assert points(figure) == [pytest.approx((across(x), up(y)), abs=0.006) for x, y in map(place, met)]
+    assert place(met[0]) == (0, 0) and place(met[-1])[1] > 0, "what was gained points up"
+    assert f"step 4: held-out loss {met[2]['loss']:.4f}" in figure and f"KL from before {met[2]['general_kl']:.3f}" in figure and "what was kept" in figure
 
 
 def test_a_report_is_written_from_whatever_is_there(run):

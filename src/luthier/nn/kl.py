@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .logprob import ROWS_MULTIPLE, chunks, shape_logits
 
+TINY = 1e-7  # a mass that a sum of fp32 probabilities cannot tell from none
 Head = Callable[[Tensor], Tensor]  # (n, D) -> (n, V) raw logits
 
 
@@ -73,3 +74,23 @@ def hidden_kl(
         return divergence(shape_logits(head(h_nD), scale, cap).log_softmax(-1), shape_logits(quiet(r_nD), scale, cap).log_softmax(-1))
 
     return torch.cat([checkpoint(some, h_ND[c], r_ND[c], use_reentrant=False) for c in chunks(len(h_ND), vocabulary)])[:n]
+
+
+def coarse(logq_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """((N, k) log-probabilities, (N, k) int32 tokens) of the likeliest ``k``: what is kept of a distribution where all of it would be too large."""
+    top_Nk, token_Nk = logq_NV.topk(min(k, logq_NV.shape[-1]), dim=-1)
+    return top_Nk, token_Nk.to(torch.int32)
+
+
+def coarse_divergence(logp_NV: Tensor, logq_Nk: Tensor, token_Nk: Tensor) -> Tensor:
+    """(N,) KL(q || p) where of q the likeliest k tokens are known, all others as one event: never more than the whole KL, and equal to it at k = V.
+
+    Merging events cannot raise a divergence (the log sum inequality; Cover & Thomas, 2006, theorem 2.7.1).
+    """
+    logq_Nk, p_Nk = logq_Nk.float(), logp_NV.float().gather(1, token_Nk.long())
+    known_N = (logq_Nk.exp() * (logq_Nk - p_Nk)).sum(-1)
+    if token_Nk.shape[1] == logp_NV.shape[1]:
+        return known_N
+    rest_q_N, rest_p_N = (1 - x.exp().sum(-1) for x in (logq_Nk, p_Nk))
+    rest_q_N, rest_p_N = rest_q_N.clamp(min=0), rest_p_N.clamp(min=TINY)
+    return known_N + torch.where(rest_q_N > TINY, rest_q_N * (rest_q_N.clamp(min=TINY).log() - rest_p_N.log()), 0.0)

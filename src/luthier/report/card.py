@@ -131,6 +131,7 @@ def _training(facts: Facts) -> Iterator[str]:
 
 def _results(facts: Facts) -> Iterator[str]:
     yield from verdict.sentences(facts)
+    yield from (f"{which}. {said}" for which, said in verdict.alarms(facts))
     before, after = facts.measures()
     yield from ("", "| measure | before | after | n |", "|---|---:|---:|---:|")
     for name, b in after.items():
@@ -145,7 +146,7 @@ def _limits(facts: Facts) -> Iterator[str]:
     origin = "rows held out from the training files" if held.get("from") == "training rows" else "the validation files that the run named"
     yield f"- It was measured on {held.get('rows', 0):,} rows, {origin}; how it does on text of another kind is not known."
     if GENERAL in before and GENERAL in after:
-        yield "- Forgetting was measured as the loss on a small general text only; abilities that this does not show may have suffered."
+        yield "- Forgetting was measured on a small suite of general text only; abilities that this does not show may have suffered."
     else:
         yield "- What it forgot was not measured."
     yield "- Whether its answers are true, safe or fair was not measured."

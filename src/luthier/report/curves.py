@@ -7,7 +7,7 @@ from typing import Any
 
 from . import chart
 from .chart import Point, Series
-from .facts import Facts, number
+from .facts import IN_LINES, SUITE, Facts, is_kept, number
 from .verdict import size
 
 
@@ -20,6 +20,10 @@ def over_steps(facts: Facts) -> Iterator[str]:
     )
     yield chart.line("Held-out loss minus training loss", [Series("gap", gap(train, facts.events("evaluation")), dots=True)], y="nats")
     yield chart.line("Loss on general text", [Series("general text", points(evaluated, "general_loss"), dots=True)], y="nats")
+    kept = [Series(SUITE[part].removeprefix("loss on "), points(evaluated, f"{part}_loss"), dots=True) for part in ("instructions", "sampled")]
+    yield chart.line("Loss on instructions and text of fiddle's", kept, y="nats")
+    yield chart.line("KL from before, on general text", [Series(SUITE["moved"], points(evaluated, "general_kl"), dots=True)], y="nats", zero=True)
+    yield chart.line("Facts still known, of those known before", [Series(SUITE["facts"], points(evaluated, "known_facts"), dots=True)], y="share")
     yield chart.line("Learning rate", [Series("learning rate", points(train, "lr"))], zero=True)
     yield chart.line("Gradient norm, before clipping", [Series("norm", points(train, "grad_norm"))], zero=True)
     yield chart.line("Peak of the process's memory", [Series("memory", points(train, "memory_bytes"))], said=size)
@@ -63,22 +67,30 @@ def gap(train: Sequence[dict[str, Any]], evaluated: Sequence[dict[str, Any]]) ->
 
 
 def retention(facts: Facts) -> str:
-    """Target against retention: a point an evaluation, joined in order; nothing where one of the two was not measured twice."""
+    """Target gain against what was lost: a point an evaluation, joined in order from before training, at (0, 0); nothing where one was not measured twice."""
     visits = [*facts.events("before"), *facts.events("evaluation")]
     key = next((k for k in ("loss", *_scores(visits)) if sum(k in v and "general_loss" in v for v in visits) > 1), None)
-    if key is None:
+    met = [v for v in visits if key and number(v.get(key)) is not None and number(v.get("general_loss")) is not None]
+    if key is None or not met:
         return ""
-    met = [v for v in visits if number(v.get(key)) is not None and number(v.get("general_loss")) is not None]
-    where = [(float(v["general_loss"]), float(v[key])) for v in met]
+    first, sign = met[0], -1 if key == "loss" else 1
+    where = lambda v: (float(v["general_loss"]) - float(first["general_loss"]), sign * (float(v[key]) - float(first[key])))  # noqa: E731
     target = "held-out loss" if key == "loss" else key
-    say = lambda v: f"step {v['step']:,}: {target} {v[key]:.4f}, general text {v['general_loss']:.4f}"  # noqa: E731
-    series = [Series("in the order of training", where, dots=True, notes=[say(v) for v in met]), Series("before training", where[:1], dots=True)]
-    series += [Series("what was kept", [(float(v["general_loss"]), float(v[key])) for v in kept], dots=True)] if (kept := _kept(facts, key)) else []
-    return chart.line(f"{target[0].upper()}{target[1:]} against loss on general text", series, x="loss on general text (right: forgotten)", y=target)
+    series = [Series("in the order of training", [where(v) for v in met], dots=True, notes=[_say(v, key, target) for v in met])]
+    series.append(Series("before training", [where(first)], dots=True))
+    series += [Series("what was kept", [where(v) for v in kept], dots=True)] if (kept := _kept(facts, key)) else []
+    gained = "held-out loss fell by" if key == "loss" else f"gain in {key}"
+    return chart.line(f"{target[0].upper()}{target[1:]}: gain against forgetting", series, x="loss on general text rose by (right: forgotten)", y=gained)
+
+
+def _say(visit: dict[str, Any], key: str, target: str) -> str:
+    more = "".join(f", {IN_LINES[k]} {visit[k]:.3f}" for k in ("general_kl", "known_facts") if number(visit.get(k)) is not None)
+    return f"step {visit['step']:,}: {target} {visit[key]:.4f}, general text {visit['general_loss']:.4f}{more}"
 
 
 def _scores(visits: Sequence[dict[str, Any]]) -> list[str]:
-    return [k for k in (visits[-1] if visits else {}) if k not in ("event", "step", "general_loss") and not k.endswith(("_low", "_high"))]
+    names = [k for k in (visits[-1] if visits else {}) if k not in ("event", "step") and not k.endswith(("_low", "_high"))]
+    return [k for k in names if not is_kept(IN_LINES.get(k, k))]
 
 
 def _kept(facts: Facts, key: str) -> list[dict[str, Any]]:

@@ -126,6 +126,11 @@ class Facts:
         """The folder of what was trained."""
         return next((self.folder / n for n in ("adapter", "model") if (self.folder / n).is_dir()), None) if self.finished else None
 
+    @property
+    def alarms(self) -> list[dict[str, Any]]:
+        """The alarms that the run raised: step, alarm, said, advice."""
+        return [x for x in self.events("alarm") if all(isinstance(x.get(k), str) for k in ("alarm", "said", "advice"))]
+
     def events(self, event: str) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl of one kind."""
         return [x for x in self.lines if x.get("event") == event]
@@ -138,6 +143,21 @@ class Facts:
 
 
 HELD_OUT, GENERAL = "held-out loss", "loss on general text"
+SUITE = {"instructions": "loss on instructions", "sampled": "loss on text of fiddle's", "moved": "KL from before", "facts": "known facts kept"}
+IN_LINES = {
+    "loss": HELD_OUT,
+    "general_loss": GENERAL,
+    "instructions_loss": SUITE["instructions"],
+    "sampled_loss": SUITE["sampled"],
+    "general_kl": SUITE["moved"],
+    "known_facts": SUITE["facts"],
+}  # as metrics.jsonl names them
+RETAINED = "retained/"  # before the name of a score that is to be kept
+
+
+def is_kept(name: str) -> bool:
+    """Whether a measure is of what the base could do, and not of what is learned."""
+    return name == GENERAL or name in SUITE.values() or name.startswith(RETAINED)
 
 
 def read(folder: Path) -> Facts:
@@ -197,7 +217,9 @@ def _measures(m: Mapping[str, Any]) -> dict[str, Number]:
     for name, key in ((HELD_OUT, "loss"), (GENERAL, "general")):
         if (made := _number(mapping(m.get(key)))) is not None:
             out[name] = made
-    for name, s in mapping(m.get("scores")).items():
+    suite = {name: mapping(m.get("suite")).get(key) for key, name in SUITE.items()}
+    retained = {f"{RETAINED}{name}": s for name, s in mapping(m.get("retained")).items()}
+    for name, s in (mapping(m.get("scores")) | suite | retained).items():
         if (made := _number(mapping(s))) is not None:
             out[name] = made
     return out
@@ -215,7 +237,7 @@ def _flat(line: Mapping[str, Any]) -> dict[str, Number]:
         value = number(given)
         if value is None or key == "step" or (key.endswith(("_low", "_high")) and key.rpartition("_")[0] in line):
             continue
-        name = {"loss": HELD_OUT, "general_loss": GENERAL}.get(key, key)
+        name = IN_LINES.get(key, key)
         out[name] = Number(value, low=number(line.get(f"{key}_low")), high=number(line.get(f"{key}_high")))
     return out
 

@@ -11,7 +11,7 @@ from ..data.preview import MEANING
 from ..runfile import write
 from . import curves as curves_of
 from . import verdict as words
-from .facts import HELD_OUT, Facts, Number, flat, mapping
+from .facts import IN_LINES, Facts, Number, flat, mapping
 from .following import commands
 from .hashes import TOO_LARGE, hashes
 
@@ -98,7 +98,9 @@ def _said(value: Any) -> str:
 
 def verdict(facts: Facts) -> str:
     """What it came to, in sentences."""
-    return '<section aria-label="Verdict"><div class="verdict">' + "".join(f"<p>{e(s)}</p>" for s in words.sentences(facts)) + "</div></section>"
+    alarms = "".join(f'<p class="problem"><strong>{e(which)}.</strong> {e(said)}</p>' for which, said in words.alarms(facts))
+    said = "".join(f"<p>{e(s)}</p>" for s in words.sentences(facts))
+    return f'{alarms}<section aria-label="Verdict"><div class="verdict">{said}</div></section>'
 
 
 def before_after(facts: Facts) -> str:
@@ -200,7 +202,7 @@ def curves(facts: Facts) -> str:
     names = [k for k in dict.fromkeys(k for x in evaluated for k in x) if k not in ("event", "step") and not k.endswith(("_low", "_high"))]
     if out and evaluated and names:
         rows = ([e(x["event"]), f"{x['step']:,}", *(f"{x[k]:.4f}" if isinstance(x.get(k), int | float) else "" for k in names)] for x in evaluated)
-        said = {"loss": HELD_OUT, "general_loss": "general text"}
+        said = IN_LINES | {"general_loss": "general text"}
         out += folded("The evaluations as numbers", table(["", "step", *(e(said.get(k, k)) for k in names)], rows))
     return out
 
@@ -219,7 +221,7 @@ def retention(facts: Facts) -> str:
     """What was gained against what was kept of the base."""
     figure = curves_of.retention(facts)
     return (
-        f'<div class="one">{figure}</div><p class="soft small">Down is better on the task where it is a loss; left is better on general text.</p>'
+        f'<div class="one">{figure}</div><p class="soft small">Up is better at the task; to the left more is kept of what the base could do.</p>'
         if figure
         else ""
     )

@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterator
 
 from ..amounts import clock, off, size
-from .facts import GENERAL, HELD_OUT, Facts, Number
+from .facts import GENERAL, HELD_OUT, SUITE, Facts, Number, is_kept
 
 __all__ = ["clock", "off", "size"]  # words of this page too
-LOWER = (HELD_OUT, GENERAL)  # measures of which less is better
+LOWER = (HELD_OUT, GENERAL, SUITE["instructions"], SUITE["sampled"], SUITE["moved"])  # measures of which less is better
 FEW = 10  # rows: resampling fewer gives intervals that are far too narrow
 
 
@@ -43,8 +43,16 @@ def sentences(facts: Facts) -> Iterator[str]:
     if cost := _cost(facts):
         yield cost
     yield _forgotten(before, after)
-    if (late := _late(facts)) is not None:
+    if facts_lost := _facts(before, after):
+        yield facts_lost
+    if all(a["alarm"] != "overfitting" for a in facts.alarms) and (late := _late(facts)) is not None:
         yield late
+
+
+def alarms(facts: Facts) -> Iterator[tuple[str, str]]:
+    """(which alarm, what was seen and what to do) of those that the run raised."""
+    for a in facts.alarms:
+        yield f"Alarm: {a['alarm']} at step {a['step']:,}", f"{a['said'][:1].upper()}{a['said'][1:]}. What to do: {a['advice']}."
 
 
 def _standing(facts: Facts) -> str:
@@ -59,7 +67,7 @@ def _standing(facts: Facts) -> str:
 
 
 def _gained(before: dict[str, Number], after: dict[str, Number], *, finished: bool) -> Iterator[str]:
-    names = [n for n in after if n in before and n != GENERAL]
+    names = [n for n in after if n in before and not is_kept(n)]
     if not names:
         yield "What was gained is not known: there is no held-out measure both before and after."
         return
@@ -120,6 +128,16 @@ def _forgotten(before: dict[str, Number], after: dict[str, Number]) -> str:
             f"On general text the loss rose {path}{tokens}: the perplexity there is {100 * math.expm1(min(d, 50.0)):.3g} % higher, which is what was forgotten."
         )
     return f"On general text the loss {'fell ' + path if d < 0 else 'stayed at ' + format(b.value, '.4f')}{tokens}: nothing was forgotten that this text shows."
+
+
+def _facts(before: dict[str, Number], after: dict[str, Number]) -> str:
+    """How many of the facts that were known still are."""
+    a, b = before.get(SUITE["facts"]), after.get(SUITE["facts"])
+    if a is None or b is None or not b.n:
+        return ""
+    moved = after.get(SUITE["moved"])
+    far = f"; its next token on general text diverged from before by {moved.value:.3f} nats (KL)" if moved is not None else ""
+    return f"Of {b.n:,} facts that the base knew, {round(b.value * b.n):,} are still known{far}."
 
 
 def _late(facts: Facts) -> str | None:

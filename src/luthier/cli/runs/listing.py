@@ -67,7 +67,7 @@ def _path(before: dict[str, Number], after: dict[str, Number], name: str) -> str
 
 def _score(after: dict[str, Number]) -> str:
     """The first score of the run's tasks, the one it names first."""
-    from ...report.facts import GENERAL, HELD_OUT
+    from ...report.facts import HELD_OUT, is_kept
 
-    name = next((n for n in after if n not in (HELD_OUT, GENERAL)), None)
+    name = next((n for n in after if n != HELD_OUT and not is_kept(n)), None)
     return "" if name is None else f"{name} {after[name].value:.{after[name].digits}f}"

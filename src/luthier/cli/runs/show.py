@@ -24,6 +24,8 @@ def command(context: typer.Context, name: Annotated[str, typer.Argument(metavar=
     typer.echo("")
     for sentence in verdict.sentences(facts):
         typer.echo(sentence)
+    for which, said in verdict.alarms(facts):
+        typer.echo(f"{which}. {said}")
     before, after = facts.measures()
     if after or before:
         typer.echo("")
