@@ -11,6 +11,7 @@ from luthier.comparing import budget
 from luthier.comparing.conduct import Conduct
 from luthier.comparing.state import State
 from luthier.comparing.sweep import rows_of
+from luthier.errors import LuthierError
 
 METHODS = {"lora": 1.0, "adapter": 0.8, "prefix": 0.9, "full": 1.1, "dora": 1.6, "ia3": 0.7}
 
@@ -24,6 +25,8 @@ class World:
     slow: float = 1.0
     slow_after: float = float("inf")
     noise: float = 0.0
+    sticks: str = ""  # a job that takes ``stuck`` seconds more than anything could foretell
+    stuck: float = 0.0
     seed: int = 0
     time: float = 0.0
     jobs: list[str] = field(default_factory=list)
@@ -42,9 +45,15 @@ class World:
     def spend(self, seconds: float) -> None:
         self.time += seconds * self.factor * (1 + self.noise * self.random.uniform(-1, 1))
 
-    def launch(self, name: str, task: dict[str, Any]) -> dict[str, Any]:
+    def launch(self, name: str, task: dict[str, Any], limit: float) -> dict[str, Any]:
         self.jobs.append(name)
-        return getattr(self, task["kind"])(task)
+        began = self.time
+        numbers: dict[str, Any] = getattr(self, task["kind"])(task)
+        self.time += self.stuck if name == self.sticks else 0.0
+        if self.time - began > limit:
+            self.time = began + limit
+            raise LuthierError(f"{name} was stopped")
+        return numbers
 
     def ground(self, task: dict[str, Any]) -> dict[str, Any]:
         took = {"losses": 2.0, "answers": min(10.0, task["answering"]), "general": 1.5, "latency": 0.0}
@@ -69,7 +78,8 @@ class World:
 
     def final(self, task: dict[str, Any]) -> dict[str, Any]:
         step = self.step * METHODS.get(task["run"]["method"]["kind"], 1.0)
-        self.spend(self.start + 1 + 10 * 0.4 + 8 * 0.5 + 5 + 10 + task["steps"] * step)
+        chosen = task["choosing"] + 60 if "choosing" in task else 0.0
+        self.spend(self.start + 1 + 10 * 0.4 + 8 * 0.5 + 5 + 10 + task["steps"] * step + chosen)
         return {"steps": task["steps"], "tokens": task["steps"] * 2048}
 
 

@@ -27,7 +27,7 @@ def choose(policy: Policy, scorer: Scorer, candidates: list[Any], *, task: str |
     """
     out = []
     for i, method in enumerate(candidates):
-        _put(policy, method)
+        put(policy, method)
         measured = scorer.measure(tasks=False)
         if measured.loss is None:
             raise LuthierError("a crafted prompt is chosen on held-out rows, and there are none; give data.validation or a data.validation_share")
@@ -35,10 +35,11 @@ def choose(policy: Policy, scorer: Scorer, candidates: list[Any], *, task: str |
         out.append(Tried(method, measured.loss.value, scores[0].value if scores else None))
         tick(i + 1, len(candidates))
     out.sort(key=lambda t: t.loss if t.score is None else -t.score)
-    _put(policy, out[0].method)
+    put(policy, out[0].method)
     return out
 
 
-def _put(policy: Policy, method: Any) -> None:
+def put(policy: Policy, method: Any) -> None:
+    """Put a candidate prompt in place."""
     policy.deltas[policy.name] = method.attach(policy.base, policy.name)
     policy.method = method

@@ -22,12 +22,12 @@ def killed_at(folder, number):
         try:
             world = World()
 
-            def launch(name, task):
+            def launch(name, task, limit):
                 with log.open("a") as f:
                     f.write(name + "\n")
                 if len(log.read_text().splitlines()) == number:
                     os.kill(os.getpid(), signal.SIGKILL)
-                return world.launch(name, task)
+                return world.launch(name, task, limit)
 
             comparison(folder, world, *SETTINGS, launch=launch).go()
         finally:
@@ -92,10 +92,10 @@ def test_objectives_that_are_scored_differently_are_not_put_into_one_table(tmp_p
 def test_a_row_that_fails_is_told_and_the_others_go_on(tmp_path):
     world = World()
 
-    def launch(name, task):
+    def launch(name, task, limit):
         if name == "search adapter" or name == "run full 0":
             raise LuthierError(f"{name} is broken")
-        return world.launch(name, task)
+        return world.launch(name, task, limit)
 
     found = comparison(tmp_path / "c", world, *SETTINGS, launch=launch).go()
     by = {s.row.name: s for s in found.rows}

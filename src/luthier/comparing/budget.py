@@ -20,12 +20,15 @@ RESERVE = 0.04  # of the whole time, kept for what no measurement foresees
 WRITING = 8.0  # seconds: the tables, plots and the page
 LOOKS = 8  # evaluations of a run that counts: the points of its curve
 CALM = 1.5
+SLOWEST = 4.0  # a machine is not taken to have become slower than this
+SLACK = 0.05  # of the whole time, by which plans that were made may be late before anything is given up
+PATIENT = SLOWEST  # times what a run was expected to take
+LATEST = 1.08  # of the whole time: then whatever still runs is stopped
 FEW = 8  # steps: a run of fewer teaches nothing; repetitions are given up before this
 RUNG = 10  # steps of the shortest run of a search: on five the lowest rate looked best, whatever it was on a hundred
 FACTORS = {1: (1.0,), 2: (1.0, 3.0), 3: (1 / 3, 1.0, 3.0), 4: (1 / 3, 1.0, 3.0, 10.0)}  # of a method's default rate
 MOST_RATES = max(FACTORS)
 LONGER = 2  # a rung's steps beside those of the rung before it
-SLOWEST = 4.0  # a machine is not taken to have become slower than this
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,11 @@ def calm(name: str, probes: Mapping[str, Mapping[str, float]]) -> dict[str, floa
     for key in ("start", "look", "score", "other", "run"):
         own[key] = min(own[key], CALM * statistics.median(p[key] for p in probes.values()))
     return own
+
+
+def patience(expected: float, left: float) -> float:
+    """Seconds after which a run that was expected to take so many is stopped, so that the others get theirs: at least 30 more, at most what is left."""
+    return max(0.0, min(left, max(PATIENT * expected, expected + 30.0)))
 
 
 def searching(left: float, rows: int) -> float:

@@ -42,7 +42,7 @@ def compare(asked: dict[str, Any], folder: Path, *, quiet: bool = False) -> Tabl
     speaker.say(f"{len(rows.rows)} rows: {'; '.join(r.name for r in rows.rows)}; {asked['minutes']:g} minutes; folder {folder}")
     for note in rows.notes:
         speaker.say(note)
-    conduct = Conduct(rows, state, lambda name, task: speaker.run(name, state.task_file(name, task), conduct.spent), say=speaker.say)
+    conduct = Conduct(rows, state, lambda name, task, limit: speaker.run(name, state.task_file(name, task), conduct.spent, limit), say=speaker.say)
     try:
         found = conduct.go()
     except (Interrupted, KeyboardInterrupt):
@@ -69,13 +69,22 @@ class Speaker:
         """One fact."""
         self.console.print(Text("  " + text))
 
-    def run(self, name: str, task: Path, spent: Callable[[], float]) -> dict[str, Any]:
-        """A job in a process of its own."""
+    def run(self, name: str, task: Path, spent: Callable[[], float], limit: float) -> dict[str, Any]:
+        """A job in a process of its own, for ``limit`` seconds at most. Raises LuthierError after them."""
         self.said = time.monotonic()
+
+        def wait(seconds: float, show: Callable[[str], None] | None = None) -> None:
+            if seconds > limit:
+                raise LuthierError(f"{name} was stopped after {clock(seconds)}, when the time for it was up; --resume with more --minutes goes on with it")
+            if show is None:
+                self._line(name, seconds, spent())
+            else:
+                show(self._said(name, seconds, spent()))
+
         if not self.console.is_terminal:
-            return numbers_of(WORK, {"file": str(task)}, name, wait=lambda s: self._line(name, s, spent()))
+            return numbers_of(WORK, {"file": str(task)}, name, wait=wait)
         with self.console.status(name) as status:
-            return numbers_of(WORK, {"file": str(task)}, name, wait=lambda s: status.update(self._said(name, s, spent())))
+            return numbers_of(WORK, {"file": str(task)}, name, wait=lambda s: wait(s, status.update))
 
     def _line(self, name: str, seconds: float, spent: float) -> None:
         if time.monotonic() - self.said >= EVERY:

@@ -23,9 +23,10 @@ SCORING = 0.08  # of a row's time: scores for its curve
 SEARCH_LOOKS = 15  # of the short runs of a search
 LEAST_ROWS, LEAST_SCORED, MOST_SCORED = 64, 8, 200
 MOSTLY_FIXED = 0.5  # of the time that is left: where starting and measuring takes more, runs are not followed by scores
+CHOOSING = 0.3  # of a row's time: choosing a prompt, where that is all there is to do
 UNLIKE = 1.25  # what measuring a trained row takes beside measuring the base
 
-Launch = Callable[[str, dict[str, Any]], dict[str, Any]]  # a job's label and its task -> its numbers
+Launch = Callable[[str, dict[str, Any], float], dict[str, Any]]  # a job's label, its task and the seconds it may take -> its numbers
 
 
 @dataclass
@@ -79,13 +80,19 @@ class Conduct:
         """Seconds that may still be planned with."""
         return budget.usable(self.minutes) - self.spent()
 
-    def job(self, name: str, task: dict[str, Any]) -> dict[str, Any]:
-        """A job's numbers: kept from before, or of a process that runs now."""
+    def end(self) -> float:
+        """Seconds after which nothing may run any more."""
+        return budget.LATEST * self.minutes * 60 - budget.WRITING
+
+    def job(self, name: str, task: dict[str, Any], limit: float | None = None) -> dict[str, Any]:
+        """A job's numbers: kept from before, or of a process that runs now, for ``limit`` seconds at most. Raises LuthierError, see the job; and after them."""
         if (kept := self.state.done(name, task)) is not None:
             return kept
-        numbers = self.launch(name, task)
-        self.state.keep(name, task, numbers)
-        self.state.save(self.spent())
+        try:
+            numbers = self.launch(name, task, max(0.0, self.end() - self.spent()) if limit is None else limit)
+            self.state.keep(name, task, numbers)
+        finally:
+            self.state.save(self.spent())
         return numbers
 
     # --- the three parts --------------------------------------------------------------------------------------------
@@ -185,7 +192,8 @@ class Conduct:
             self.state.decided |= self._decide(able, costs)
             self.state.save(self.spent())
         steps, seeds = self.state.decided["steps"], self.state.decided["seeds"]
-        planned = {(n, i): steps[n] for i in range(seeds) for n, s in by_name.items() if i == 0 or not s.chooses}
+        order = sorted(by_name, key=lambda n: by_name[n].chooses)  # what trains comes first
+        planned = {(n, i): steps[n] for i in range(seeds) for n in order if i == 0 or not by_name[n].chooses}
         self.say(_plan_said(planned, costs, by_name, seeds))
         predicted = actual = 0.0
         while planned:
@@ -195,22 +203,22 @@ class Conduct:
             task = self._final(s, i, self.state.decided.get("cut", {}).get(f"{name} {i}", planned[key]))
             kept = self.state.done(_job(s, i), task)
             if kept is None:
-                still = budget.again(costs, planned, self.left(), actual / predicted if predicted else 1.0)
+                still = budget.again(costs, planned, self.left() + budget.SLACK * self.minutes * 60, actual / predicted if predicted else 1.0)
                 self._give_up(still, planned)
                 planned = dict(still.steps)
                 if key not in planned:
                     continue
                 task = self._final(s, i, planned[key])
             del planned[key]
-            began = self.clock()
+            began, expected = self.clock(), cost.fixed + task["steps"] * cost.step
             try:
-                s.runs.append(self.job(_job(s, i), task))
+                s.runs.append(self.job(_job(s, i), task, budget.patience(expected, self.end() - self.spent())))
             except LuthierError as e:
                 s.problem = s.problem or str(e)
                 self.say(f"{name}: {e}")
-                continue
+                continue  # what was stopped says little of how slow the machine is
             if kept is None:
-                predicted, actual = predicted + cost.fixed + task["steps"] * cost.step, actual + self.clock() - began
+                predicted, actual = predicted + expected, actual + self.clock() - began
         return seeds
 
     # --- what it takes ----------------------------------------------------------------------------------------------
@@ -284,16 +292,8 @@ class Conduct:
     def _final(self, s: Standing, i: int, steps: int) -> dict[str, Any]:
         task = self._task(s) | {"kind": "final", "steps": steps, "lr": s.search.get("lr"), "run_seed": self.asked.seeds[i]}
         if s.chooses:
-            task["choose"] = self._candidates(s)[0]
+            task |= {"choosing": CHOOSING * self._row_seconds(), "choose": self.grounds[s.ground]["chosen_on"]}
         return task | {"out": str(self.state.folder / "runs"), "name": f"{_slug(s)}-seed-{self.asked.seeds[i]}"}
-
-    def _candidates(self, s: Standing) -> tuple[int, float]:
-        """Of a row that chooses a prompt: the rows to choose by that there is time for, and the seconds that takes."""
-        m, g = s.row.run.method, self.grounds[s.ground]
-        shots = [n for n in m.shots if n * g["median"] <= m.max_tokens]
-        each = sum((m.tries if n else 1) * len(m.instructions) * (n + 1) * g["median"] for n in shots) * self._forward(g)
-        rows = max(LEAST_SCORED, min(g["chosen_on"], int(0.5 * self._row_seconds() / max(1e-9, each))))
-        return rows, rows * each
 
     def _cost(self, s: Standing, probes: Mapping[str, Mapping[str, float]]) -> Cost:
         """What a run that counts takes, from the row's own probe and from measuring the base."""
@@ -301,9 +301,8 @@ class Conduct:
         if s.chooses:
             longer = (s.row.run.method.max_tokens + g["median"]) / g["median"]
             took = g["took"]
-            return Cost(
-                g["loaded"] + 2 * took["answers"] + longer * took["losses"] + took["general"] * 2 + took["answers"] / 4 + self._candidates(s)[1], 1e-9, 1.0, 0
-            )
+            testing = 2 * longer * took["losses"] + 5 * took["answers"] + 2 * took["general"] + 4 * took["latency"]  # with a long prompt before every row
+            return Cost(g["loaded"] + UNLIKE * CHOOSING * self._row_seconds() + testing, 1e-9, 1.0, 0)
         p = budget.calm(s.row.name, probes)
         testing = UNLIKE * (g["took"]["losses"] or p["look"]) + g["took"]["general"] + UNLIKE * g["took"]["answers"]
         latency = 2 * UNLIKE * g["took"]["latency"] or 1.0

@@ -59,6 +59,7 @@ def losses(policy: Policy, objective: Any, rows: Sequence[Row], packed: bool, to
     """
     policy.eval()
     if kind_of(objective) in PER_ROW:
+        tokens = with_room(policy, rows, tokens)
         place, out = {id(r): i for i, r in enumerate(rows)}, [[0.0, 0.0] for _ in rows]
         for some in group(rows, tokens, packed):  # few shapes: on a CPU every new one costs
             batch = to_device(objective.collate(some, pad=policy.pad, packed=packed), policy)
@@ -75,6 +76,12 @@ def losses(policy: Policy, objective: Any, rows: Sequence[Row], packed: bool, to
             units = found.n if len(found.terms) == 1 else 1
             blocks.append([found.value * units, float(units)])
     return blocks
+
+
+def with_room(policy: Policy, rows: Sequence[Row], tokens: int) -> int:
+    """Tokens of rows that make a forward of so many positions, where a prompt stands before every row."""
+    mean = sum(len(r) for r in rows) / max(1, len(rows))
+    return max(1, int(tokens * mean / (mean + policy.room(policy.active))))
 
 
 def answers(policy: Policy, objective: Any, tests: Tests, run: Run, most: int, max_new: int, say: Any = None) -> list[str]:

@@ -13,14 +13,17 @@ import psutil
 from rich.console import Console
 
 from .. import config
+from ..crafting import put
 from ..evaluate import score
-from ..measure import OWN_TASK, Measures, answer_rows, score_labels, task_rows
+from ..measure import OWN_TASK, Measures, answer_rows, group, score_labels, task_rows
 from ..progress import Reporter
 from ..run import Checkpoint, Run
 from ..session import Session
 from ..train import Step
 from . import examine
 from .held import Reading
+
+TIMED = 8  # rows to choose by, at the least, and to time a prompt on
 
 
 def now() -> float:
@@ -31,8 +34,10 @@ def now() -> float:
 class Observer(Reporter):
     """Says nothing; keeps the session, and adds scores to the evaluations of a run."""
 
-    def __init__(self, reading: Reading, curve_rows: int = 0, max_new: int = 64):
+    def __init__(self, reading: Reading, curve_rows: int = 0, max_new: int = 64, choosing: float = 0.0):
+        """``choosing``: seconds that a method which chooses a prompt has for that."""
         super().__init__(Console(quiet=True), quiet=True)
+        self.choosing = choosing
         self.reading, self.curve_rows, self.max_new = reading, curve_rows, max_new
         self.ready = 0.0  # seconds until the first step, but for measuring before it
         self.scores: dict[int, float] = {}  # step -> score on rows to choose by
@@ -42,6 +47,8 @@ class Observer(Reporter):
         self.session = session
         self.ready = now()
         examine.bring_references(session.policy, session.objective, self.reading.tests, session.run, session.packed)
+        if session.chooses:
+            choose_within(session, self.choosing)
 
     def evaluated(self, step: Step, m: Measures, *, best: bool) -> None:
         """A point of the curve."""
@@ -62,6 +69,28 @@ class Observer(Reporter):
         got = [a["answer"] for a in answer_rows(s.policy, asked, template=s.run.model.template, max_new=self.max_new)]
         scores = score(lambda _: got, task, asked)
         return next(iter(scores.values())).value
+
+
+def choose_within(session: Session, seconds: float) -> None:
+    """Let a session choose its prompt on as many rows as so many seconds allow: found by timing the longest candidate on a few."""
+    method: Any = session.run.method
+    rows, policy, scorer = session.prepared.validation, session.policy, session.scorer
+    if method.ids or not rows:
+        return
+    positions = session.base.max_positions - max(len(r) for r in [*session.prepared.train, *rows]) - 1
+    candidates = method.candidates(session.prepared.train, session.base.tokenizer, limit=positions, seed=session.run.seed)
+    mean = sum(len(r) for r in rows) / len(rows)
+    put(policy, max(candidates, key=lambda c: len(c.ids)))
+    some = rows[:TIMED]
+    tokens = examine.with_room(policy, rows, session.run.optim.micro_tokens)
+    groups = group(some, tokens, session.packed)
+    scorer.losses(session.objective, groups)  # the first forwards of a shape are slow
+    began = time.perf_counter()
+    scorer.losses(session.objective, groups)
+    one = (time.perf_counter() - began) / (len(some) * (mean + policy.room(policy.active)))
+    put(policy, method)
+    each = one * sum(len(c.ids) + mean for c in candidates)
+    scorer.groups = group(rows[: max(TIMED, int(seconds / each))], tokens, session.packed)
 
 
 def run_of(task: dict[str, Any], settings: dict[str, Any], **changes: Any) -> Run:

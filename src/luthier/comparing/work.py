@@ -40,7 +40,7 @@ def final(task: dict[str, Any]) -> dict[str, Any]:
         shutil.rmtree(folder, ignore_errors=True)
     else:
         run = replace(config.load_run(folder / "run.yaml"), out=task["out"])  # with what its beginning resolved
-    seen = Observer(reading, task["curve_rows"], task["tested"]["max_new"])
+    seen = Observer(reading, task["curve_rows"], task["tested"]["max_new"], task.get("choosing", 0.0))
     began = now()
     result = execute(run, resume=resume, accept_changes=True, reporter=seen, read=reading)
     trained = now()
