@@ -343,19 +343,38 @@ def write() -> None:
     print(f"written: {PAGE}")
 
 
+def again(case: Case) -> None:
+    """Predict the memory of a run that has been measured once more."""
+    import torch
+
+    from luthier.config import load_run
+    from luthier.foresight import as_long
+    from luthier.memory import Plan
+
+    row = json.loads(_file(case).read_text())
+    with tempfile.TemporaryDirectory() as folder:
+        plan = Plan(as_long(load_run(settings(case, Path(folder))), case.max_tokens))
+        m = plan.predict(plan.run, "cpu", program=0).here(torch.device("cpu"))
+    row["predicted"]["resident"] = m.total
+    _file(case).write_text(json.dumps(row, indent=1) + "\n")
+
+
 def main() -> None:
     """Run what has no numbers yet."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", metavar="TEXT", help="runs whose name contains this, measured again")
     parser.add_argument("--threads", type=int, default=2, help="of each run (default 2)")
     parser.add_argument("--write", action="store_true", help="only write the table from the runs there are")
+    parser.add_argument("--again", action="store_true", help="only predict memory again, beside what was measured, and write the table")
     parser.add_argument("--one", metavar="JSON", help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.one is not None:
         print(json.dumps(one(next(c for c in CASES if c.name == json.loads(a.one)["name"]))))
         return
     KEPT.mkdir(parents=True, exist_ok=True)
-    for case in CASES if not a.write else ():
+    for case in (c for c in CASES if a.again and _file(c).is_file()):
+        again(case)
+    for case in CASES if not (a.write or a.again) else ():
         if (a.only is not None and a.only not in case.name) or (a.only is None and _file(case).is_file()):
             continue
         row = numbers_of("benchmarks.planner", {"name": case.name}, case.name, a.threads)

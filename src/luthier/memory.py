@@ -33,11 +33,11 @@ from .site import restoring
 
 CUDA_CONTEXT = 700_000_000  # bytes a process takes on a GPU before its first tensor: the context, cuBLAS and its workspaces
 CUDA_ALLOCATOR = 0.04  # of working memory: what torch's allocator on a GPU rounds up and cannot use again
-# What a run takes on a CPU beyond a process that has loaded the libraries: reading data, and the code that matrix products generate. Measured: 110 to 130 MB.
-MORE_LIBRARIES = 120_000_000
-# Before glibc 2.38, aligned blocks that are freed hardly ever fit again, so what is not large takes more than twice its size. Measured with glibc 2.36 on 60 M
-# parameters: 0.8 to 2.4 times as much again; with this factor predictions of whole processes were between 19 % too low and 14 % too high.
-GLIBC_ALLOCATOR = 1.25
+# Before glibc 2.38, aligned blocks that are freed hardly ever fit again, so what is not large takes about as much again. What blocks take that are computed a
+# second time in the backward does not fit the room of the block before either: about half of what they would have kept. Fitted to the runs of
+# benchmarks/planner.py (glibc 2.36); docs/results.md has what is left.
+GLIBC_ALLOCATOR, GLIBC_RECOMPUTED = 0.98, 0.45
+MORE_LIBRARIES = 20_000_000  # what a run takes on a CPU beyond a process that has loaded the libraries: reading data, generated code
 THRESHOLD = "MALLOC_MMAP_THRESHOLD_"  # glibc's: from how many bytes on a block is given back when it is freed
 
 
@@ -104,7 +104,9 @@ class Plan:
             if run.recompute == "blocks":
                 lm.activation_checkpointing_disable()
         standing = {"program": _program(device, program)} | _standing(self.policy, self.optimizer, run.optim.state if device == "cuda" else "float32")
-        standing["allocator"] = _allocator(device, max(moments.values(), key=lambda p: p.bytes))
+        worst = max(moments.values(), key=lambda p: p.bytes)
+        again = run.recompute == "blocks" and "training" in moments and device == "cpu"
+        standing["allocator"] = _allocator(device, worst, kept=self._training(run, shape, device).small if again else 0)
         linears = [m for _, m in packed(lm)]
         auto = getattr(self.run.precision, "resident", "no") == "auto"
         return Prediction(
@@ -118,16 +120,23 @@ class Plan:
             decodable=sum(m.count for m in linears) * self.run.precision.dtype.itemsize if auto else 0,
         )
 
+    def _training(self, run: Run, shape: Shape, device: str) -> Peak:
+        """A micro-batch, forward and backward, recomputed or not as the model is set now."""
+        policy = self.policy
+        batch, scored = batch_of(shape, policy.base, self.objective)
+        ours = list(tensors_of(policy, self.optimizer))
+        policy.train()
+        return saved.count(policy, ours, device, lambda w: stepping(policy, self.objective, batch, w), scored=scored, once=self.stacks)
+
     def _moments(self, run: Run, shape: Shape, device: str) -> dict[str, Peak]:
         policy, ours = self.policy, list(tensors_of(self.policy, self.optimizer))
-        batch, scored = batch_of(shape, policy.base, self.objective)
-        how: dict[str, Any] = {"scored": scored, "once": self.stacks}
         out = {}
         if self.optimizer is not None:
-            policy.train()
-            out["training"] = saved.count(policy, ours, device, lambda w: stepping(policy, self.objective, batch, w), **how)
+            out["training"] = self._training(run, shape, device)
         policy.eval()
         if not out:
+            batch, scored = batch_of(shape, policy.base, self.objective)
+            how: dict[str, Any] = {"scored": scored, "once": self.stacks}
             out["evaluation"] = saved.count(policy, ours, device, lambda w: evaluating(policy, self.objective, batch, w), **how)
         rows = ANSWER_ROWS if run.evaluate.tasks else run.evaluate.samples
         writes = {p.renders for p in parts_of(self.objective).values()} & {"chat", "text"}
@@ -179,13 +188,13 @@ def _program(device: str, taken: int | None = None) -> int:
     return (resident() if taken is None else taken) + MORE_LIBRARIES
 
 
-def _allocator(device: str, peak: Peak) -> int:
-    """What is freed and not given back, or does not fit again."""
+def _allocator(device: str, peak: Peak, *, kept: int) -> int:
+    """What is freed and not given back, or does not fit again. ``kept``: what blocks that are recomputed would have kept in small pieces."""
     if device == "cuda":
         return round(CUDA_ALLOCATOR * peak.bytes)
     library, version = platform.libc_ver()
     old = library == "glibc" and tuple(map(int, version.split(".")[:2])) < (2, 38)
-    return round(GLIBC_ALLOCATOR * peak.small) if old and THRESHOLD not in os.environ else 0
+    return round(max(GLIBC_ALLOCATOR * peak.small, GLIBC_RECOMPUTED * kept)) if old and THRESHOLD not in os.environ else 0
 
 
 def _name(dtype: torch.dtype) -> str:
