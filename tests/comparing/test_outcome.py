@@ -79,6 +79,13 @@ def test_differences_are_from_the_best_on_the_same_rows(made):
     assert [entry(made, n).clearly_worse for n in ("lora", "prefix", "copying the nearest training answer")] == [False, True, True]
 
 
+def test_the_mark_of_no_clear_difference_stands_only_where_the_interval_holds_zero():
+    t = table_of(found(full=[a_run("full", 0.1, 4.2, 10_000)], lora=[a_run("lora", 0.09, 4.2, 400)], prefix=[a_run("prefix", 0.02, 4.1, 100)]))
+    says = {e.name: table.GOOD[1].cell(t, e) for e in t.entries}
+    assert says["lora"].endswith("~") and says["full"] == "best"
+    assert not says["copying the nearest training answer"].endswith("~")  # which is clearly better
+
+
 def test_rows_on_the_front_are_marked(made):
     assert {e.name for e in made.rows if e.front} == {"full", "lora", "prefix"}
     beaten = table_of(found(prefix=[a_run("prefix", 0.3, 4.3, 500)]))

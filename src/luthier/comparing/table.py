@@ -38,7 +38,7 @@ def _less(t: Table, e: Entry) -> str:
     if e.less is None:
         return DASH
     d = digits(t)
-    return f"{e.less.value:+.{d}f} [{e.less.low:+.{d}f}, {e.less.high:+.{d}f}]" + ("" if e.clearly_worse else " ~")
+    return f"{e.less.value:+.{d}f} [{e.less.low:+.{d}f}, {e.less.high:+.{d}f}]" + (" ~" if e.less.low <= 0 <= e.less.high else "")
 
 
 def _loss(t: Table, e: Entry) -> str:
