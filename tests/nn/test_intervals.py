@@ -63,3 +63,8 @@ def test_bleu_of_nothing_right_is_zero_and_of_everything_right_is_100():
     none = np.array([[9, 9, 0, 0, 0, 0, 9, 8, 7, 6]])
     empty = np.zeros((1, 10))
     assert intervals.bleu(np.concatenate([right, none, empty])).tolist() == pytest.approx([100.0, 0.0, 0.0])
+
+
+@pytest.mark.parametrize(("df", "value"), [(5, 2.5706), (7, 2.3646), (10, 2.2281), (23, 2.0687), (100, 1.9840), (10**6, 1.9600)])
+def test_students_t_is_that_of_the_tables(df, value):
+    assert intervals.t_975(df) == pytest.approx(value, abs=3e-3 if df < 7 else 1e-3)
