@@ -118,7 +118,10 @@ def _percentiles(values_R: np.ndarray, level: float) -> tuple[float, float]:
 
 
 def t_975(df: int) -> float:
-    """The 97.5 % point of Student's t: to 0.003 at 5 degrees of freedom, to 0.001 from 7 up (the expansion of Fisher and Cornish, 1960, to the third order in 1 / df)."""
+    """The 97.5 % point of Student's t: to 0.003 at 5 degrees of freedom, to 0.001 from 7 up.
+
+    The expansion of Fisher and Cornish, 1960, to the third order in 1 / df.
+    """
     z = 1.959963985
     g1 = (z**3 + z) / 4
     g2 = (5 * z**5 + 16 * z**3 + 3 * z) / 96
