@@ -1,6 +1,6 @@
 """Reward, KL and entropy by rollout of several runs that learned from rewards, one line a run.
 
-    python scripts/reward_curves.py runs/sea0 runs/sea1 ... --out docs/images/ppo-sea.png
+python scripts/reward_curves.py runs/sea0 runs/sea1 ... --out docs/images/ppo-sea.png
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import torch
 
 from luthier import evaluate
 from luthier.core import LuthierError
-from luthier.evaluate import Score, loss_on, nearest_copy, score
+from luthier.evaluate import Losses, Score, loss_on, nearest_copy, rise, score
 from luthier.tasks import bleu, exact_match
 
 
@@ -126,3 +126,26 @@ def test_the_copying_baseline_finds_what_an_exhaustive_search_finds():
 def test_the_copying_baseline_prefers_the_rare_word_and_takes_messages():
     train = [("name: The Vaults; food: Italian", "A"), ("name: The Mill; food: Italian", "B"), ("name: Zizzi; food: French", "C")]
     assert nearest_copy(train, ["name: The Mill", [{"role": "user", "content": "Zizzi"}], "unheard of"]) == ["B", "C", "A"]
+
+
+def losses_of(sums_NT, counts_NT, weights):
+    terms = list(weights)
+    parts = tuple((dict(zip(terms, map(float, a), strict=True)), dict(zip(terms, map(int, b), strict=True))) for a, b in zip(sums_NT, counts_NT, strict=True))
+    total = lambda x_NT: dict(zip(terms, x_NT.sum(0).tolist(), strict=True))  # noqa: E731
+    return Losses(total(sums_NT), total(counts_NT), weights, parts)
+
+
+def test_the_error_of_a_rise_is_that_of_resampling_its_batches():
+    """Two terms with weights, batches of unlike size: the linearised error against a slow bootstrap of whole batches, both measurements resampled alike."""
+    rng = np.random.default_rng(0)
+    weights = {"tokens": 1.0, "pairs": 0.5}
+    counts = rng.integers(5, 60, (24, 2))
+    before = counts * rng.normal(2.0, 0.3, (24, 2))
+    now = before + counts * rng.normal(0.1, 0.2, (24, 2))
+    up, error = rise(losses_of(before, counts, weights), losses_of(now, counts, weights))
+    w = np.array(list(weights.values()))
+    value = lambda rows: float((w * ((now - before)[rows].sum(0) / counts[rows].sum(0))).sum())  # noqa: E731
+    assert up == pytest.approx(value(np.arange(24)))
+    slow = np.std([value(rng.integers(0, 24, 24)) for _ in range(4000)]) * (24 / 23) ** 0.5
+    assert error == pytest.approx(slow, rel=0.06)
+    assert rise(losses_of(before[:1], counts[:1], weights), losses_of(now[:1], counts[:1], weights))[1] == np.inf

@@ -73,6 +73,8 @@ def notes(stages: Stages, ledger: Ledger) -> Iterator[str]:
     for r in done:
         if r.result["stopped"]:
             yield f"stage {r.name} stopped early: {r.result['stopped']}"
+        for alarm in r.result.get("alarms", ()):
+            yield f"stage {r.name}, alarm of {alarm['kind']} at step {alarm['step']}: {alarm['said']}; {alarm['advice']}"
 
 
 def lineage(stages: Stages, ledger: Ledger) -> list[Record]:

@@ -273,6 +273,6 @@ def _sentence(m: Measures) -> str:
     if m.replayed is not None:
         parts.append(f"replayed text {m.replayed.value:.4f}")
     parts += [f"{name} {s}" for name, s in (m.scores | m.retained).items()]
-    short = (("instructions", "instructions {:.4f}"), ("sampled", "fiddle's text {:.4f}"), ("moved", "KL from before {:.4f}"), ("facts", "known facts {:.0%}"))
+    short = (("instructions", "instructions {:.4f}"), ("sampled", "text by fiddle {:.4f}"), ("moved", "KL from before {:.4f}"), ("facts", "known facts {:.0%}"))
     parts += [form.format(m.suite[key].value) for key, form in short if key in m.suite]
     return ", ".join(parts) or "nothing to measure"

@@ -259,6 +259,7 @@ def _place(tree: Any, asked: Any, artefacts: Mapping[str, str]) -> Any:
 
 def _told(r: Result, alone: bool) -> dict[str, Any]:
     numbers = {k: getattr(r, k) for k in ("steps", "best_step", "tokens", "trained", "total", "peak_bytes", "stopped")}
+    numbers["alarms"] = [asdict(a) for a in r.alarms]
     return {**numbers, "peak_is_its_own": alone, "seconds": round(r.seconds, 1), "before": asdict(r.before), "after": asdict(r.after)}
 
 

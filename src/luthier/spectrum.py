@@ -98,7 +98,6 @@ def _of_model(folder: Path, base: str | None, tick: Tick) -> Iterator[Learned]:
         raise LuthierError(f"{folder}: none of its matrices has the name of one in {source}; name the base it was trained from with --base")
     for i, name in enumerate(names):
         new, old = _read(after[name], name), _read(before[name], name)
-        tick(i, len(names))
         if new.shape != old.shape:  # tokens were added
             new = new[: len(old), : old.shape[1]]
         change = new.double() - old.double()
@@ -106,7 +105,7 @@ def _of_model(folder: Path, base: str | None, tick: Tick) -> Iterator[Learned]:
             found_here = spectrum(change, SHARE)
             size = (found_here.total / float(old.double().square().sum())) ** 0.5
             yield Learned(name.removesuffix(".weight"), (new.shape[0], new.shape[1]), found_here, None, size, rounding_energy(new))
-    tick(len(names), len(names))
+        tick(i + 1, len(names))
 
 
 def _ours(folder: Path) -> dict[str, Any]:

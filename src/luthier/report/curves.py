@@ -21,7 +21,7 @@ def over_steps(facts: Facts) -> Iterator[str]:
     yield chart.line("Held-out loss minus training loss", [Series("gap", gap(train, facts.events("evaluation")), dots=True)], y="nats")
     yield chart.line("Loss on general text", [Series("general text", points(evaluated, "general_loss"), dots=True)], y="nats")
     kept = [Series(SUITE[part].removeprefix("loss on "), points(evaluated, f"{part}_loss"), dots=True) for part in ("instructions", "sampled")]
-    yield chart.line("Loss on instructions and text of fiddle's", kept, y="nats")
+    yield chart.line("Loss on instructions and text by fiddle", kept, y="nats")
     yield chart.line("KL from before, on general text", [Series(SUITE["moved"], points(evaluated, "general_kl"), dots=True)], y="nats", zero=True)
     yield chart.line("Facts still known, of those known before", [Series(SUITE["facts"], points(evaluated, "known_facts"), dots=True)], y="share")
     yield chart.line("Learning rate", [Series("learning rate", points(train, "lr"))], zero=True)

@@ -143,7 +143,7 @@ class Facts:
 
 
 HELD_OUT, GENERAL = "held-out loss", "loss on general text"
-SUITE = {"instructions": "loss on instructions", "sampled": "loss on text of fiddle's", "moved": "KL from before", "facts": "known facts kept"}
+SUITE = {"instructions": "loss on instructions", "sampled": "loss on text by fiddle", "moved": "KL from before", "facts": "known facts kept"}
 IN_LINES = {
     "loss": HELD_OUT,
     "general_loss": GENERAL,

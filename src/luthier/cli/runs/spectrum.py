@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -19,12 +20,12 @@ def command(
 ) -> None:
     """Of LoRA how much of its rank is used; of full fine-tuning which rank would have held the change."""
     from ... import atomic, spectrum
-    from ...progress import Reporter
+    from ...progress import LINE_EVERY, Reporter
     from .finding import folder
 
     path = Path(name) if Path(name).is_dir() else folder(name, context.obj)
-    reporter = Reporter()
-    found = spectrum.learned(path, base=base, tick=lambda done, of: reporter.tick("matrices", done, of) if of > 1 else None)
+    reporter, quiet = Reporter(), time.monotonic() + LINE_EVERY
+    found = spectrum.learned(path, base=base, tick=lambda done, of: reporter.tick("matrices", done, of) if time.monotonic() > quiet else None)
     rows = spectrum.table(found)
     given = any(r.given is not None for r in rows)
     columns = [
