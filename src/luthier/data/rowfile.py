@@ -135,7 +135,7 @@ def write(path: Path, train: list[Row], validation: list[Row], held: list[Held],
         "train": len(train),
         "where": [r.where for r in rows],
         "extras": [out.plain(r.extras) for r in rows],
-        "held": [[out.plain(x) for x in (h.prompt, h.references, h.tools, h.where, h.extras)] for h in held],
+        "held": [[out.plain(x) for x in (h.prompt, h.references, h.tools, h.where, h.extras, h.places)] for h in held],
         "rest": out.plain(dict(rest)),
     }
     tensors = {
