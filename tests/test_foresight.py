@@ -10,7 +10,7 @@ from luthier.foresight import Foresight, as_long, foresee, is_long
 from luthier.memory import Plan
 from luthier.reading import batches_of, read_data
 from luthier.session import execute
-from test_headroom import Told
+from test_familiarity import Said
 from test_session import home, settings  # noqa: F401
 
 TIME = Forecast(step=2.0, tokens=1000, steps=90, evaluations=12, evaluation=2.5)
@@ -53,9 +53,9 @@ def test_only_long_runs_are_predicted_unasked(home, tmp_path):  # noqa: F811
     run = settings(home, tmp_path)
     assert not is_long(run, 10_000, 300, 8) and is_long(run, 100_000_000, 8192, 10)
     assert as_long(run, 17).data.max_tokens == 17 and as_long(run, None) == run == as_long(run, 3)
-    told = Told()
+    told = Said()
     execute(run, reporter=told)
-    assert not [n for n in told.noted if "predicted" in n]
+    assert not [n for n in told.notes if "predicted" in n]
 
 
 def test_a_run_says_what_it_will_take_and_how_far_that_was_off_and_keeps_both(home, tmp_path, monkeypatch):  # noqa: F811
@@ -64,9 +64,9 @@ def test_a_run_says_what_it_will_take_and_how_far_that_was_off_and_keeps_both(ho
     from luthier.report.facts import read
 
     monkeypatch.setattr(session, "is_long", lambda *how: True)
-    told = Told()
+    told = Said()
     result = execute(settings(home, tmp_path), reporter=told)
-    before, after = [n for n in told.noted if "predicted" in n]
+    before, after = [n for n in told.notes if "predicted" in n]
     assert before.startswith("predicted: ") and "a step" in before and "of training" in before
     assert "were predicted (" in after and "a step where" in after
     facts = json.loads((result.folder / "facts.json").read_text())

@@ -9,23 +9,9 @@ from luthier import headroom
 from luthier.core import LuthierError
 from luthier.data.replay import Beside
 from luthier.objectives.sft import Objective
-from luthier.progress import Reporter
 from luthier.session import execute
+from test_familiarity import Said
 from test_session import QUIET, home, settings  # noqa: F401
-
-
-class Told(Reporter):
-    """Remembers its warnings and notes."""
-
-    def __init__(self):
-        super().__init__(quiet=True)
-        self.warned, self.noted = [], []
-
-    def note(self, text):
-        self.noted.append(text)
-
-    def warn(self, text):
-        self.warned.append(text)
 
 
 def losses(folder, name="loss"):
@@ -64,10 +50,10 @@ def fail_at(monkeypatch, steps, error):
 def test_a_run_that_loses_its_memory_once_goes_on_to_the_same_results(home, tmp_path, monkeypatch):  # noqa: F811
     more = ("method.dropout=0", "optim.micro_tokens=300")
     whole = execute(settings(home, tmp_path / "a", *more), reporter=QUIET)
-    told = Told()
+    told = Said()
     fail_at(monkeypatch, {4}, torch.OutOfMemoryError("CUDA out of memory"))
     halved = execute(settings(home, tmp_path / "b", *more), reporter=told)
-    assert [w for w in told.warned if "memory ran out: micro-batches are of 150 tokens from now on, no more of 300" in w]
+    assert [w for w in told.warnings if "memory ran out: micro-batches are of 150 tokens from now on, no more of 300" in w]
     assert losses(halved.folder) == pytest.approx(losses(whole.folder), rel=1e-5) and len(losses(whole.folder)) == 8
     assert halved.after.loss.value == pytest.approx(whole.after.loss.value, rel=1e-5)
     assert losses(halved.folder, "tokens") == losses(whole.folder, "tokens")
@@ -97,9 +83,9 @@ def test_a_ceiling_that_is_passed_halves_the_micro_batches_and_says_by_how_much(
     from luthier import fitting
 
     monkeypatch.setattr(fitting, "fitted", lambda run, planner, **how: (run, []))  # a prediction that was too low
-    told = Told()
+    told = Said()
     execute(settings(home, tmp_path / "a", "place.memory=100MB", "optim.micro_tokens=300"), reporter=told)
-    assert [w for w in told.warned if "were taken where place.memory is 100.0 MB: micro-batches are of 150 tokens" in w] and len(told.warned) == 1
+    assert [w for w in told.warnings if "were taken where place.memory is 100.0 MB: micro-batches are of 150 tokens" in w] and len(told.warnings) == 1
 
 
 def test_both_parts_of_a_feed_are_halved_and_what_has_no_micro_batches_is_refused():

@@ -117,7 +117,7 @@ LAW: dict[str, set[str]] = {
     "fitting": {"amounts", "core", "memory", "plugins", "run"},
     "advising": {"amounts", "core", "fitting", "memory", "plugins", "run"},
     "headroom": {"core", "data", "foresight", "microbatch", "optim", "policy", "run"},
-    "foresight": {"amounts", "atomic", "build", "core", "data", "forecast", "memory", "report", "run"},
+    "foresight": {"amounts", "atomic", "build", "core", "data", "forecast", "memory", "reading", "report", "run"},
     "voices": {"anatomy", "core", "adapter", "policy", "vocabulary"},
     "rewards": {"adapter", "by_name", "core", "data", "evaluate", "measure", "opening", "plugins", "policy", "reading", "remembered", "voices"},
     "asking": {"core", "data", "marks", "policy", "reading", "rewards"},

@@ -11,10 +11,12 @@ from typing import Any
 from . import atomic, build
 from .amounts import clock, off, seconds, size
 from .core import LuthierError
+from .data.feed import Batches
 from .data.prepare import Prepared
 from .data.rows import sides
 from .forecast import Clock, Forecast
 from .memory import Plan, Prediction
+from .reading import batches_of
 from .report.facts import FACTS
 from .run import Run
 
@@ -89,6 +91,12 @@ def foresee(run: Run, prepared: Prepared | None, feed: Any = None, *, program: i
     except LuthierError as e:
         why.append(f"time is not predicted: {e}")
     return Foresight(needed, time, longest, tuple(why))
+
+
+def feed_for(run: Run, prepared: Prepared, plan: Plan) -> Batches:
+    """The micro-batches of a run whose modules ``plan`` has."""
+    base = plan.policy.base
+    return batches_of(run, prepared, plan.objective, pad=base.tokenizer.pad_token_id or 0, packed=base.packs and run.data.pack != "no")
 
 
 def as_long(run: Run, longest: Any) -> Run:

@@ -158,8 +158,7 @@ def _spelled(value: Any) -> str:
 def _cost(c: Candidate, planner: Planner, prepared: Prepared | None, timed: bool) -> str:
     """What the planner says."""
     from ..adapter import writes
-    from ..foresight import foresee
-    from ..reading import batches_of
+    from ..foresight import feed_for, foresee
 
     assert c.run is not None and c.prediction is not None
     plan, p = planner.plan(c.run), c.prediction
@@ -167,9 +166,7 @@ def _cost(c: Candidate, planner: Planner, prepared: Prepared | None, timed: bool
     file = sum(t.nbytes for t in policy.lm.parameters()) if writes(c.run.method) == "model" else 4 * p.trained
     said = [f"{p.trained:,} trained parameters ({p.trained / p.whole:.2%})", f"files of about {size(file)}", f"{size(p.total)} of memory"]
     if timed and "rollouts" not in c.run.objective.needs:
-        pad = policy.base.tokenizer.pad_token_id or 0 if policy.base.tokenizer is not None else 0
-        packed = policy.base.packs and c.run.data.pack != "no"
-        feed = batches_of(c.run, prepared, plan.objective, pad=pad, packed=packed) if prepared is not None else None
+        feed = feed_for(c.run, prepared, plan) if prepared is not None else None
         time = foresee(c.run, prepared, feed, plan=plan, memory=False).time
         if time is not None:
             said.append(f"{seconds(time.step)} a step" + (f", {clock(time.training)} for {time.steps:,} steps" if time.training is not None else ""))

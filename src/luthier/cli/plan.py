@@ -124,14 +124,13 @@ def _read(run: Run, plan: Plan) -> Prepared | None:
 def times(run: Run, plan: Plan, prepared: Prepared | None) -> Iterator[str]:
     """Steps, time and disk."""
     from .. import checkpoint
-    from ..foresight import foresee
-    from ..reading import batches_of, fitted
+    from ..foresight import feed_for, foresee
+    from ..reading import fitted
 
     feed = None
     if prepared is not None and prepared.train and "rollouts" not in run.objective.needs:
         run = fitted(run, prepared)
-        packed = plan.policy.base.packs and run.data.pack != "no"
-        feed = batches_of(run, prepared, plan.objective, pad=plan.policy.base.tokenizer.pad_token_id or 0, packed=packed)
+        feed = feed_for(run, prepared, plan)
         rows, tokens = len(prepared.train), prepared.facts.get("tokens")
         yield f"\ndata: {rows:,} rows" + (f", {tokens:,} tokens" if tokens else "") + f"; {feed.steps:,} steps, {_passes(run, feed, rows)}"
     found = foresee(run, prepared, feed, plan=plan, memory=False)
