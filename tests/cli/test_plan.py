@@ -136,3 +136,13 @@ def test_a_70b_shape_with_all_its_advice_takes_seconds(tmp_path, capsys):
 def test_what_cannot_be_planned_is_one_sentence(arguments, sentence, capsys):
     code, _, err = said(capsys, "plan", *arguments)
     assert code == 2 and sentence in err and "Traceback" not in err
+
+
+def test_a_ceiling_is_planned_as_a_run_would_keep_it(base, capsys):
+    asked = ["plan", "--model", base, "precision=bfloat16", "optim.micro_tokens=4096", "data.max_tokens=512", "evaluate.samples=0"]
+    _, free, _ = said(capsys, *asked)
+    code, out, err = said(capsys, *asked, "place.memory=2.5GB")
+    assert code == 0, err
+    assert "place.memory is 2.50 GB" in out and "was set" in out and "optim.micro_tokens=" in out and "place.memory is" not in free
+    code, _, err = said(capsys, *asked, "place.memory=100MB")
+    assert code == 2 and "place.memory: 100 MB were asked for" in err

@@ -53,7 +53,7 @@ def command(
         run = load_run(file, settings)
 
     from .. import build
-    from ..fitting import Planner
+    from ..fitting import Planner, fitted
     from ..foresight import as_long
     from ..memory import machine
 
@@ -65,6 +65,10 @@ def command(
     everything, free = machine(here)
     prepared = _read(run, planner.plan(run)) if data and run.data.files else None
     run = as_long(run, prepared.facts.get("longest") if prepared is not None else None)
+    if run.place.ceiling is not None:
+        run, said = fitted(run, planner, ceiling=run.place.ceiling)
+        for note in said:
+            typer.echo(note)
     p = planner.predict(run, here.type)
     for line in table(run, planner.plan(run), p):
         typer.echo(line)
