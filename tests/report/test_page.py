@@ -6,8 +6,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from luthier.report import chart, curves, page
-from luthier.report.facts import read
+from luthier.report import chart, curves, page, sections
+from luthier.report.facts import Number, read
 from luthier.report.hashes import sha256
 
 NASTY = "<script>alert('x')</script> & <b>"  # as in conftest.py
@@ -163,3 +163,18 @@ def test_of_a_labelled_text_no_token_is_marked_as_trained(made):
     assert [t for _, t in told["parts"][0]["text"]] == [False] and told["parts"][0]["said"] == "4 tokens, label good"
     several = Row(row.ids, row.train, "films:2", {"label": [1, 0, 1]})
     assert shown(several, tokenizer(), {"problem": "several", "labels": ["a", "b", "c"]})["parts"][0]["said"].endswith("label a, c")
+
+
+@pytest.mark.parametrize(
+    "name, a, b, said",
+    [
+        ("loss on general text", 4.0, 5.0, "worse"),
+        ("known facts kept", 1.0, 0.5, "worse"),
+        ("retained/bleu", 2.0, 3.0, "better"),
+        ("KL from before", 0.2, 0.1, "better"),
+    ],
+)
+def test_what_the_base_could_do_is_marked_better_or_worse_whichever_way_it_counts(name, a, b, said):
+    cell = sections._row(name, Number(a, n=10), Number(b, n=10))[3]
+    assert f'class="{said}"' in cell
+    assert "class" not in sections._row("bleu", Number(a, n=10), Number(b, n=10))[3]

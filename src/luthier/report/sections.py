@@ -11,7 +11,7 @@ from ..data.preview import MEANING
 from ..runfile import write
 from . import curves as curves_of
 from . import verdict as words
-from .facts import IN_LINES, Facts, Number, flat, mapping
+from .facts import IN_LINES, Facts, Number, flat, is_kept, mapping
 from .following import commands
 from .hashes import TOO_LARGE, hashes
 
@@ -123,9 +123,9 @@ def _row(name: str, a: Number | None, b: Number | None) -> list[str]:
     if a is None or b is None:
         return [e(name), e(a or ""), e(b or ""), "", n]
     d = words.difference(a, b)
-    if name not in words.LOWER or d.value == 0:
+    if d.value == 0 or (name not in words.LOWER and not is_kept(name)):  # whether a task's score should rise, only the user knows
         return [e(name), e(a), e(b), e(words.signed(d)), n]
-    better = d.value < 0
+    better = (d.value < 0) == (name in words.LOWER)
     return [e(name), e(a), e(b), f'<span class="{"better" if better else "worse"}">{e(words.signed(d))} {"better" if better else "worse"}</span>', n]
 
 
