@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -11,6 +12,8 @@ import numpy as np
 from ..core import LuthierError
 
 T = TypeVar("T")
+Made = TypeVar("Made")
+Out = TypeVar("Out")
 BATCH_ROWS, BATCH_CHARS = 1000, 4_000_000  # given to the tokenizer at a time
 
 
@@ -53,8 +56,11 @@ class Codec:
     def reset(self) -> None:
         """A tokenizer.json can ask for padding or truncation, and a call that cuts leaves it so; here both would be silent damage."""
         if self.fast:
-            self.tokenizer.backend_tokenizer.no_padding()
-            self.tokenizer.backend_tokenizer.no_truncation()
+            backend = self.tokenizer.backend_tokenizer
+            if backend.padding is not None:  # asked first: a tokenizer that another thread is reading with cannot be changed
+                backend.no_padding()
+            if backend.truncation is not None:
+                backend.no_truncation()
 
     @property
     def around(self) -> tuple[np.ndarray, np.ndarray]:
@@ -97,3 +103,20 @@ def in_batches(items: Iterable[T], size: Any) -> Iterator[list[T]]:
             batch, chars = [], 0
     if batch:
         yield batch
+
+
+def one_ahead(items: Iterable[T], make: Callable[[T], Made], work: Callable[[Made], Out]) -> Iterator[tuple[T, Made, Out]]:
+    """(item, make(item), work of that) in order, the work done by a thread while the next item is made.
+
+    For a fast tokenizer, which lets Python run meanwhile: texts are rendered while those before them are cut into tokens.
+    """
+    with ThreadPoolExecutor(1) as worker:
+        before: tuple[T, Made, Future[Out]] | None = None
+        for item in items:
+            made = make(item)
+            now = (item, made, worker.submit(work, made))
+            if before is not None:
+                yield before[0], before[1], before[2].result()
+            before = now
+        if before is not None:
+            yield before[0], before[1], before[2].result()

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..core import LuthierError, Row
 from .answers import Rendered, Renderer, TrainOn
-from .codec import Codec, in_batches
+from .codec import Codec, in_batches, one_ahead
 from .rows import Counts, Dropped, Kind, OverLength, Progress, text_rows
 from .seq2seq import render_source
 from .shapes import Chat, Document
@@ -31,8 +31,9 @@ def render_texts(
 
     Raw text has no prompt that could be cut, so ``truncate`` splits like ``split``: nothing is lost unless ``drop`` is asked for.
     """
-    for batch in in_batches(docs, lambda d: len(d.text)):
-        for doc, ids in zip(batch, codec.encode([d.text for d in batch]), strict=True):
+    batches = in_batches(docs, lambda d: len(d.text))
+    for batch, _, encoded in one_ahead(batches, lambda some: [d.text for d in some], codec.encode):
+        for doc, ids in zip(batch, encoded, strict=True):
             ids = codec.with_bos(ids, doc.where)
             if codec.eos is not None and (not len(ids) or ids[-1] != codec.eos):
                 ids = np.concatenate([ids, [codec.eos]]).astype(np.int32)
@@ -50,9 +51,10 @@ def render_chats(
     """Each conversation with its row, or why it gives none."""
     if over_length == "split":
         raise LuthierError("over_length=split is for raw text: half a conversation teaches nothing. Use truncate (cuts the prompt) or drop.")
-    for batch in in_batches(chats, lambda c: sum(len(m["content"]) for m in c.messages)):
-        found = [renderer.rendered(chat) for chat in batch]
-        tokens = iter(renderer.encode([r for r in found if isinstance(r, Rendered)]))
+    batches = in_batches(chats, lambda c: sum(len(m["content"]) for m in c.messages))
+    render = lambda some: [renderer.rendered(chat) for chat in some]  # noqa: E731
+    for batch, found, encoded in one_ahead(batches, render, lambda found: renderer.encode([r for r in found if isinstance(r, Rendered)])):
+        tokens = iter(encoded)
         for chat, r in zip(batch, found, strict=True):
             if isinstance(r, Dropped):
                 yield chat, r
