@@ -245,3 +245,13 @@ def test_intervals_are_wider_where_the_pairs_of_a_question_hang_together() -> No
         together.add([float(i % 2)] * 10)
     a, b = apart.score(), together.score()
     assert (a.value, a.n) == (b.value, b.n) == (0.5, 40) and b.high - b.low > 2 * (a.high - a.low)
+
+
+@pytest.mark.parametrize("did", [0.0, 1.0])
+def test_a_share_of_all_or_of_none_has_an_interval_that_few_questions_make_wide(did):
+    share = Share()
+    for _ in range(6):
+        share.add([did, did])
+    found = share.score()
+    assert (found.value, found.n) == (did, 12)
+    assert found.high - found.low == pytest.approx(0.39, abs=0.01)  # Wilson, six of six questions

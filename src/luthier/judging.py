@@ -212,6 +212,8 @@ class Share:
     def score(self) -> Score:
         """The share with its 95 % interval; ``n`` is of what was counted, not of the questions."""
         found = intervals.ratio(np.array([did for did, _ in self.counted]), np.array([n for _, n in self.counted]))
+        if found.value in (0.0, 1.0):  # resampling gives a width of nothing, however few there are
+            found = intervals.share(int(found.value) * len(self.counted), len(self.counted))
         return Score(found.value, found.low, found.high, sum(n for _, n in self.counted))
 
 
