@@ -168,9 +168,7 @@ class Anatomy:
     def pool(self, hidden_BTD: Tensor, segments: Segments) -> Tensor:
         """(S, D): the vector of each example that a classification head reads. An encoder's is its first token's, which sees all the others; a decoder's,
         and the decoder's of an encoder-decoder, its last token's."""
-        width = hidden_BTD.shape[1]
-        index = segments.first(width) if self.kind == "encoder" else segments.last(width)
-        return hidden_BTD.flatten(0, 1).index_select(0, index.to(hidden_BTD.device))
+        return segments.pick(hidden_BTD, "first" if self.kind == "encoder" else "last")
 
 
 # --- blocks ---------------------------------------------------------------------------------------------------------

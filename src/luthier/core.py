@@ -76,6 +76,15 @@ class Segments:
         """(S,) flat index into (B * T) of each example's last token."""
         return self.first(width) + self.length - 1
 
+    def together(self, x: Tensor) -> Tensor:
+        """A sum over the tokens that are here as the sum over all of them; ranks that share a sequence add theirs up (context.py)."""
+        return x
+
+    def pick(self, hidden_BTD: Tensor, end: Literal["first", "last"]) -> Tensor:
+        """(S, D): the hidden states of each example's first or last token."""
+        index = (self.first if end == "first" else self.last)(hidden_BTD.shape[1])
+        return hidden_BTD.flatten(0, 1).index_select(0, index.to(hidden_BTD.device))
+
     @property
     def plain(self) -> bool:
         """True when every stream row holds one example that starts at its left edge (no packing)."""
@@ -250,7 +259,7 @@ def scored(batch: Batch, hidden_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def next_token_loss(policy: Policy, batch: Batch) -> Loss:
     """Sum of -log p(target) over the trained positions of a batch."""
     hidden_ND, target_N, _ = scored(batch, policy.hidden(batch))
-    return Loss({"tokens": -policy.score(hidden_ND, target_N)["logp"].sum()})
+    return Loss({"tokens": -batch.segments.together(policy.score(hidden_ND, target_N)["logp"].sum())})
 
 
 def next_token_losses(policy: Policy, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
@@ -272,7 +281,8 @@ def example_logps(policy: Policy, batch: Batch) -> tuple[Tensor, Tensor]:
     hidden_ND, target_N, example_N = scored(batch, policy.hidden(batch))
     logp_N = policy.score(hidden_ND, target_N)["logp"]
     zeros_S = torch.zeros(len(batch.segments), device=logp_N.device)
-    return zeros_S.index_add(0, example_N, logp_N), zeros_S.index_add(0, example_N, torch.ones_like(logp_N))
+    logp_S, count_S = (batch.segments.together(zeros_S.index_add(0, example_N, x_N)) for x_N in (logp_N, torch.ones_like(logp_N)))
+    return logp_S, count_S
 
 
 def reference_logps(policy: Policy, batch: Batch) -> Tensor:
