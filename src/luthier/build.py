@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import random
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from . import adapter, attention, codes, probe, quantised, vocabulary, voices
 from .anatomy import Anatomy, cast, max_positions, numbers
 from .core import Base, Incompatible, LuthierError, Method, Objective, Place, Precision
 from .hub import fingerprint, locate
+from .launched import launched
 from .plugins import kind_of, plugin
 from .policy import Policy, leave_out_unread
 from .run import Model, Run
@@ -228,12 +229,17 @@ def check(run: Run) -> None:
 
 
 def resolve(run: Run) -> tuple[Run, list[str]]:
-    """Replace precision "auto" by this machine's fast one. Returns the notes to print."""
+    """Replace precision "auto" by this machine's fast one, and place one by fsdp where torchrun started several processes. Returns the notes to print."""
+    here, notes = launched(), []
+    if here.size > 1 and kind_of(run.place) == "one":
+        same = {f.name: getattr(run.place, f.name) for f in fields(run.place)}
+        run = replace(run, place=plugin("place", "fsdp")(**same))
+        notes.append(f"place fsdp: {here.size} processes were started, which train one model together")
     if run.precision != "auto":
-        return run, []
+        return run, notes
     stored = codes.stored_in(locate(run.model, weights=False))
     kind, why = fast_precision(run.place.device) if stored is None else (stored, "so the model is stored")
-    return replace(run, precision=plugin("precision", kind)()), [f"precision {kind}: {why}"]
+    return replace(run, precision=plugin("precision", kind)()), [*notes, f"precision {kind}: {why}"]
 
 
 def _config(folder: Path, model: Model, trains_base: bool) -> Any:

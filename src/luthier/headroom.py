@@ -15,13 +15,6 @@ from .optim import Optimizer
 from .policy import Policy
 from .run import Run
 
-SAID = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory", "bad allocation")
-
-
-def ran_out(e: BaseException) -> bool:
-    """Whether this error says that memory was not enough: on CUDA, MPS or the CPU."""
-    return isinstance(e, MemoryError | torch.OutOfMemoryError) or (isinstance(e, RuntimeError) and any(s in str(e).lower() for s in SAID))
-
 
 def halve(feed: Any, e: BaseException | None = None) -> str:
     """Halve a feed's micro-batches, from its next step on, and say so. Raises LuthierError where it has none that can be smaller."""

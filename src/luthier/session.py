@@ -51,6 +51,7 @@ from .data.prepare import Prepared
 from .data.replay import Beside
 from .data.rollout import Rollouts
 from .data.rows import sides
+from .device import ran_out
 from .errors import Interrupted
 from .evaluate import Score
 from .familiarity import Familiarity
@@ -363,7 +364,7 @@ class Session:
 
     def _halve(self, e: BaseException | None, why: str = "memory ran out") -> None:
         """Smaller micro-batches, once; raises what is no want of memory, and the second time."""
-        if e is not None and (self.halved or not headroom.ran_out(e)):
+        if e is not None and (self.halved or not ran_out(e)):
             raise e
         self.say.warn(f"{why}: {headroom.halve(self.feed, e)}")
         self.halved = True
