@@ -9,8 +9,8 @@ import torch.distributed as dist
 
 import forked
 import tiny
-from luthier import build, context
-from luthier.core import Row, join
+from luthier import build, context, fitting
+from luthier.core import Incompatible, LuthierError, Row, join
 from luthier.run import Run
 from luthier.site import restoring
 
@@ -36,6 +36,7 @@ CASES = [
     ("an encoder with windows", "modernbert", "full", "masked_text", ONE, False, "none"),
     ("pairs", "llama", "lora", "dpo", SEVERAL, True, "none"),
     ("pairs and their tokens", "llama", "lora", "orpo", SEVERAL, True, "none"),
+    ("answers judged one by one, with others beside them", "llama", "lora", "kto", SEVERAL, True, "none"),
     ("rankings, read at the last token", "llama", "lora", "reward", SEVERAL, True, "none"),
     ("labels, read at the first token", "bert", "lora", "classify", SEVERAL, False, "none"),
 ]
@@ -64,9 +65,9 @@ def rows_of(objective, lengths, base):
         return [dataclasses.replace(r, extras={"hiding": hiding}) for r in made]
     if objective == "classify":
         return [dataclasses.replace(r, extras={"label": i % 2}) for i, r in enumerate(made)]
-    if objective in ("dpo", "orpo", "reward"):
-        cached = {"reference": np.array([-20.0, -30.0])} if objective == "dpo" else {}
-        return [join([a, b], ranks=(0, 1), margin=0.0, **cached) for a, b in zip(made[::2], made[1::2], strict=True)]
+    if objective in ("dpo", "orpo", "reward", "kto"):
+        cached = {"reference": np.array([-20.0, -30.0])} if objective in ("dpo", "kto") else {}
+        return [join([a, b], ranks=(0, 1), margin=0.0, good=True, **cached) for a, b in zip(made[::2], made[1::2], strict=True)]
     return made
 
 
@@ -86,6 +87,8 @@ def learned(policy, goal, batch):
     policy.train()
     for p in policy.trained().values():
         p.grad = None
+    if goal.couples:
+        goal.couple(policy, [batch])
     loss = goal.loss(policy, batch)
     whole = sum(w * loss.sums[k] / batch.units[k] for k, w in goal.terms.items())
     whole.backward()
@@ -124,3 +127,54 @@ def test_a_stream_over_ranks_has_the_loss_and_the_gradients_of_one(case, size, d
     for found in differences[size]:
         loss, grads = found[case]
         assert loss < 1e-6 and grads < 1e-6, (loss, grads)
+
+
+def refused(**settings):
+    with pytest.raises(Incompatible, match=r"place\.context: .*place\.context=1") as e:
+        context.check(Run(place={"kind": "fsdp", "on": "cpu", "context": 2}, precision="float32", **settings))
+    assert "\n" not in str(e.value)
+    return str(e.value)
+
+
+def test_what_cannot_be_split_is_refused_before_anything_is_loaded():
+    assert "grpo" in refused(objective={"kind": "grpo", "rewards": {"bleu": 1.0}})
+    assert "multitask" in refused(objective={"kind": "multitask", "parts": {"a": "sft", "b": "text"}})
+    assert "prompt" in refused(method="prompt")
+    context.check(Run(place={"kind": "fsdp", "on": "cpu", "context": 2}, precision="float32", method="prefix"))
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_encoder_decoders_and_families_with_attention_of_their_own_are_refused(family):
+    with pytest.raises(Incompatible, match=r"two streams.*place\.context=1"):
+        context.check_base(tiny.base(family), "luthier")
+    base = tiny.base("llama")
+    context.check_base(base, "luthier")
+    base.packs = False
+    with pytest.raises(Incompatible, match=r"llama.*other ways.*place\.context=1"):
+        context.check_base(base, "luthier")
+
+
+def test_one_process_cannot_share_its_sequences():
+    place = Run(place={"kind": "fsdp", "on": "cpu", "context": 2}, precision="float32").place
+    with pytest.raises(LuthierError, match=r"place\.context: 2 ranks.*1 process was started; start a multiple of 2"):
+        place.start()
+
+
+def test_every_position_is_kept_by_one_rank_and_ranks_compute_as_many_scores():
+    for size in (2, 3, 4):
+        kept = [context.pieces_of(rank, size, 48 * size) for rank in range(size)]
+        positions = [[t for a, b in pieces for t in range(a, b)] for pieces in kept]
+        assert sorted(t for some in positions for t in some) == list(range(48 * size))
+        assert len({len(p) for p in positions}) == 1
+        assert len({sum(t + 1 for t in p) for p in positions}) == 1  # scores of a causal sequence
+
+
+def test_the_memory_of_a_rank_falls_with_the_ranks_that_share_a_sequence():
+    planner = fitting.Planner()
+    run = Run(method="lora", precision="bfloat16", objective="text", data={"max_tokens": 1024}, optim={"micro_tokens": 1024})
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, random=True))
+    working = {}
+    for shared in (1, 2, 4):
+        place = {"kind": "fsdp", "on": "cpu", "context": shared}
+        working[shared] = planner.predict(dataclasses.replace(run, place=Run(place=place).place), "cpu").moments["training"].bytes
+    assert working[2] < 0.65 * working[1] and working[4] < 0.6 * working[2], working

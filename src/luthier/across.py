@@ -1,11 +1,11 @@
 """Attention of a rank that keeps some positions of a stream: its own queries, and the keys and values of all ranks of its group (context.py says why these are
 gathered).
 
-An example that lies within a piece is attended to as on one device. Of one that is cut, this rank has parts; the queries of a part see, besides themselves, what
-stands before them in their example. These are two calls of the flash kernel, one of a full rectangle and one of a causal square, merged by their log-sum-exps:
-no mask is made, however long the example is. Flash attention's backward needs only the merged output and log-sum-exp (Dao et al., 2022, arXiv 2205.14135,
-appendix B.2, where P is recomputed from them), so each call's backward given these is its part of the gradient. Sliding windows, soft caps and dropout, which
-that kernel has not, take a mask a block of queries.
+An example that lies within a piece is attended to as on one device. Of one that is cut, this rank has parts; the queries of a part see, besides themselves,
+what stands before them in their example. These are two calls of the flash kernel, one of a full rectangle and one of a causal square, merged by their log-
+sum-exps: no mask is made, however long the example is. Flash attention's backward needs only the merged output and log-sum-exp (Dao et al., 2022, arXiv
+2205.14135, appendix B.2, where P is recomputed from them), so each call's backward given these is its part of the gradient. Sliding windows, soft caps and
+dropout, which that kernel has not, take a mask a block of queries.
 """
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ def layout_of(portion: Portion, rows: int, width: int, device: torch.device, rou
     buckets, back = [], torch.zeros(rows * width, dtype=torch.long)
     if inside:
         _, row_S, start_S, length_S = torch.tensor(inside).unbind(1)
-        buckets, back = plan(Segments(row_S, start_S, length_S), rows * width, width, torch.device("cpu"), tuple(routes[i[0]] for i in inside) if routes else None)
+        buckets, back = plan(
+            Segments(row_S, start_S, length_S), rows * width, width, torch.device("cpu"), tuple(routes[i[0]] for i in inside) if routes else None
+        )
     base = sum(b.index.numel() for b in buckets)
     for p in parts:
         back[p.row * width + p.here : p.row * width + p.here + p.n] = base + torch.arange(p.n)
@@ -122,7 +124,8 @@ def attend(frame: Frame, module: Any, query: Tensor, key: Tensor, value: Tensor,
         size = part.n if _unmasked(how, part) else max(BLOCK, how.window or 0)
         for block in part.blocks(size):
             q = query[block.row : block.row + 1, :, block.here : block.here + block.n]
-            results.append(_part(block, q, *(x[block.row : block.row + 1] for x in everything), how, prefix, ours, frame).transpose(1, 2).flatten(0, 1))
+            k, v = (x[block.row : block.row + 1] for x in everything)
+            results.append(_part(block, q, k, v, how, prefix, ours, frame).transpose(1, 2).flatten(0, 1))
     if not results:  # nothing but padding here: zeros, with the gradients that the other ranks have, or these would wait for them
         used = [p for r in dict.fromkeys(frame.route if mixed else (frame.route,)) for p in ours.prefix_of(frame, r, module) or ()]  # type: ignore[union-attr, arg-type]
         nothing = sum(x.sum() for x in (query, key, value, *used)) * 0.0
@@ -186,13 +189,14 @@ def _part(part: Part, q: Tensor, k: Tensor, v: Tensor, how: Any, prefix: Any, ou
 
     if _unmasked(how, part):
         if not how.causal:
-            return sdpa(q, *seen(first, end), scale=how.scaling, enable_gqa=k.shape[1] != q.shape[1])
-        square = [x[:, :, part.at : past] for x in (k, v)]
+            keys, values = seen(first, end)
+            return sdpa(q, keys, values, scale=how.scaling, enable_gqa=k.shape[1] != q.shape[1])
+        own_k, own_v = (x[:, :, part.at : past] for x in (k, v))
         if first == part.at and prefix is None:
-            return sdpa(q, *square, is_causal=True, scale=how.scaling, enable_gqa=k.shape[1] != q.shape[1])
+            return sdpa(q, own_k, own_v, is_causal=True, scale=how.scaling, enable_gqa=k.shape[1] != q.shape[1])
         kernel = flash(q)
         if kernel is not None:
-            return _Merged.apply(q, *seen(first, part.at), *square, how.scaling, kernel)
+            return _Merged.apply(q, *seen(first, part.at), own_k, own_v, how.scaling, kernel)
     name = ("mask", part, how.window, how.causal, P, q.device)
     if name not in frame.plans:
         frame.plans[name] = _mask(part, first, end, how, P, q.device)
@@ -239,9 +243,7 @@ def _backward(kernel: str, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: T
     if kernel == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, causal, scale=scale)
     cum_q, cum_k, max_q, max_k, seed, offset = more
-    return aten._scaled_dot_product_flash_attention_backward(
-        grad, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, 0.0, causal, seed, offset, scale=scale
-    )
+    return aten._scaled_dot_product_flash_attention_backward(grad, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, 0.0, causal, seed, offset, scale=scale)
 
 
 class _Merged(torch.autograd.Function):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import random
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,11 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as hf_logging
 
-from . import adapter, attention, codes, probe, quantised, vocabulary, voices
+from . import adapter, attention, codes, context, probe, quantised, vocabulary, voices
 from .anatomy import Anatomy, cast, max_positions, numbers
 from .core import Base, Incompatible, LuthierError, Method, Objective, Place, Precision
 from .hub import fingerprint, locate
+from .launched import launched
 from .plugins import kind_of, plugin
 from .policy import Policy, leave_out_unread
 from .run import Model, Run
@@ -172,8 +173,11 @@ def assemble(run: Run, base: Base | None = None, *, name: str = "default") -> tu
     place: Place = run.place
     seed_everything(run.seed)
     check(run)
+    context.check(run)
     if base is None:
         base = load(run.model, precision=run.precision, device=place.device, trains_base=method.edits == "weights")
+    if place.context > 1:
+        context.check_base(base, attention.NAME)
     heads = objective.heads(base)
     reads_head = not heads or getattr(objective, "reads_head", False)
     if reads_head and base.probes.get("head", 0.0) is None:
@@ -184,6 +188,8 @@ def assemble(run: Run, base: Base | None = None, *, name: str = "default") -> tu
     if run.tokens:
         vocabulary.extend(base, run.tokens)
     delta = method.attach(base, name)
+    if place.context > 1:
+        context.check_delta(delta)
     vocabulary.attach(base, delta, name)
     if not reads_head and method.edits == "weights":
         leave_out_unread(base, delta)
@@ -228,12 +234,17 @@ def check(run: Run) -> None:
 
 
 def resolve(run: Run) -> tuple[Run, list[str]]:
-    """Replace precision "auto" by this machine's fast one. Returns the notes to print."""
+    """Replace precision "auto" by this machine's fast one, and place one by fsdp where torchrun started several processes. Returns the notes to print."""
+    here, notes = launched(), []
+    if here.size > 1 and kind_of(run.place) == "one":
+        same = {f.name: getattr(run.place, f.name) for f in fields(run.place)}
+        run = replace(run, place=plugin("place", "fsdp")(**same))
+        notes.append(f"place fsdp: {here.size} processes were started, which train one model together")
     if run.precision != "auto":
-        return run, []
+        return run, notes
     stored = codes.stored_in(locate(run.model, weights=False))
     kind, why = fast_precision(run.place.device) if stored is None else (stored, "so the model is stored")
-    return replace(run, precision=plugin("precision", kind)()), [f"precision {kind}: {why}"]
+    return replace(run, precision=plugin("precision", kind)()), [*notes, f"precision {kind}: {why}"]
 
 
 def _config(folder: Path, model: Model, trains_base: bool) -> Any:

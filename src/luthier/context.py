@@ -1,7 +1,7 @@
 """Sequences longer than one device holds: a stream split by position over the ranks of a context group, and what these say to one another.
 
-Every rank of a group gets the same batch and keeps some of its positions (`split`): it embeds them, runs the blocks on them and scores them. Only two things look
-beyond a rank's own positions, and both are collectives that autograd knows (`gather`, `total`):
+Every rank of a group gets the same batch and keeps some of its positions (`split`): it embeds them, runs the blocks on them and scores them. Only two
+things look beyond a rank's own positions, and both are collectives that autograd knows (`gather`, `total`):
 
 1. Attention. Keys and values of all ranks are gathered in every block, queries stay (across.py). Llama 3 was trained so (Dubey et al., 2024, arXiv 2407.21783,
    section 3.3.2), for the reason that holds here: segments, prefixes, sliding windows and any mask work as on one device, because every query sees plain keys
@@ -10,11 +10,11 @@ beyond a rank's own positions, and both are collectives that autograd knows (`ga
 2. Whatever an objective sums over an example's or a batch's tokens (`Segments.together`), and the vector that a head reads of an example (`Segments.pick`).
    So every rank of a group has the whole batch's sums, and its counts, which the collator made before the split: objectives stay as they are.
 
-Why gradients come out right: let W ranks have the sums s_kr and the counts u_kr of each term k. The loop divides by the mean count and averages gradients, so it
-descends J = 1/W sum_r sum_k w_k s_kr / (1/W sum_q u_kq) = sum_k w_k (sum_r s_kr) / (sum_r u_kr). A group of C ranks brings C times the sums of its batch and C
-times its counts: J is what it is without the group. And the gradient of J by a parameter that all ranks share is the sum over ranks of what each finds on its
-own path, provided that collectives carry gradients back as what they are, linear maps: the transpose of gathering is to sum each rank's slice over all of them
-(reduce-scatter), that of a total is a total.
+Why gradients come out right: let W ranks have the sums s_kr and the counts u_kr of each term k. The loop divides by the mean count and averages gradients, so
+it descends J = 1/W sum_r sum_k w_k s_kr / (1/W sum_q u_kq) = sum_k w_k (sum_r s_kr) / (sum_r u_kr). A group of C ranks brings C times the sums of its batch
+and C times its counts: J is what it is without the group. And the gradient of J by a parameter that all ranks share is the sum over ranks of what each finds
+on its own path, provided that collectives carry gradients back as what they are, linear maps: the transpose of gathering is to sum each rank's slice over all
+of them (reduce-scatter), that of a total is a total.
 
 Positions are dealt in zigzag: the stream is cut into 2C pieces, rank r keeps pieces r and 2C - 1 - r (as Llama 3's), so that of one long causal sequence every
 rank computes as many scores.
@@ -23,17 +23,21 @@ rank computes as many scores.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .core import IGNORE, Batch, Incompatible, Objective, Row, Segments, round_up
+from .core import IGNORE, Batch, Incompatible, Segments, round_up
 from .plugins import kind_of
 
+KEYS, SUMS = "keys and values", "sums over a sequence"
 PIECE, PADDED_PIECE = 32, 8  # pieces have a multiple of so many positions, for the same reason as streams: shapes repeat
 
 
@@ -44,35 +48,50 @@ class Group:
     rank: int
     size: int
     handle: Any = None  # a torch.distributed.ProcessGroup
-    received: dict[str, int] = field(default_factory=dict)  # bytes that this rank got from others, by collective
+    traffic: Counter[str] = field(default_factory=Counter)  # bytes that this rank has handed to collectives, by what for
+    doing: Callable[[str], AbstractContextManager[Any]] = nullcontext  # an operation in which others are waited for
 
-    def count(self, what: str, n: float) -> None:
-        """Note bytes that arrived."""
-        self.received[what] = self.received.get(what, 0) + round(n)
-
-    def gather(self, x: Tensor) -> Tensor:
-        """(..., ) of every rank -> (C, ...)."""
-        self.count("gather", x.nbytes * (self.size - 1))
+    def gather(self, x: Tensor, what: str) -> Tensor:
+        """(...) of every rank -> (C, ...)."""
         out = x.new_empty(self.size, *x.shape)
-        if self.handle is not None:
-            _gather_single(out.view(-1), x.contiguous().view(-1), group=self.handle)
+        self._run(lambda: _gather_single(out.view(-1), x.contiguous().view(-1), group=self.handle), x, what)
         return out
 
-    def scatter(self, x: Tensor) -> Tensor:
+    def scatter(self, x: Tensor, what: str) -> Tensor:
         """(C, ...) -> the sum over ranks of this one's slice."""
-        self.count("scatter", x.nbytes / self.size * (self.size - 1))
         out = x.new_empty(x.shape[1:])
-        if self.handle is not None:
-            _scatter_single(out.view(-1), x.contiguous().view(-1), group=self.handle)
+        self._run(lambda: _scatter_single(out.view(-1), x.contiguous().view(-1), group=self.handle), x, what)
         return out
 
-    def sum(self, x: Tensor) -> Tensor:
-        """Over ranks. A ring's all-reduce is a scatter and a gather."""
-        self.count("sum", 2 * x.nbytes / self.size * (self.size - 1))
+    def sum(self, x: Tensor, what: str) -> Tensor:
+        """Over ranks."""
         out = x.clone(memory_format=torch.contiguous_format)
-        if self.handle is not None:
-            dist.all_reduce(out, group=self.handle)
+        self._run(lambda: dist.all_reduce(out, group=self.handle), x, what)
         return out
+
+    def _run(self, collective: Callable[[], Any], x: Tensor, what: str) -> None:
+        self.traffic[what] += x.nbytes
+        if self.handle is not None:
+            with self.doing(what):
+                collective()
+
+
+_JOINED: dict[int, Group] = {}  # by the ranks that share a sequence
+
+
+def joined(place: Any) -> Group | None:
+    """This process's group, of neighbouring ranks, so that it lies within a machine where it fits; made at the first call, by all ranks of the launch.
+
+    None where a rank has a sequence to itself.
+    """
+    size = place.context
+    if size == 1:
+        return None
+    if size not in _JOINED:
+        with place.doing("joining those who share a sequence"):
+            handle, _ = dist.new_subgroups(group_size=size, timeout=timedelta(seconds=place.timeout + 60))
+        _JOINED[size] = Group(place.rank % size, size, handle, place.group.traffic, place.doing)
+    return _JOINED[size]
 
 
 _gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the older name is on its way out
@@ -83,22 +102,22 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
         ctx.group = group
-        return group.gather(x)
+        return group.gather(x, KEYS)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.group.scatter(grads[0]), None
+        return ctx.group.scatter(grads[0], KEYS), None
 
 
 class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
         ctx.group = group
-        return group.sum(x)
+        return group.sum(x, SUMS)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.group.sum(grads[0]), None
+        return ctx.group.sum(grads[0], SUMS), None
 
 
 def gather(x: Tensor, group: Group) -> Tensor:
@@ -211,14 +230,22 @@ def split(batch: Batch, group: Group) -> Batch:
     )
 
 
-def sharing(objective: Objective, group: Group) -> Objective:
-    """The same objective, whose collator gives this rank's part of each batch."""
-    own, out = objective.collate, copy.copy(objective)
+Collate = Callable[..., Batch]  # (rows, *, pad, packed)
 
-    def collate(rows: Sequence[Row], *, pad: int, packed: bool) -> Batch:
-        return split(own(rows, pad=pad, packed=packed), group)
 
-    object.__setattr__(out, "collate", collate)  # frozen: its settings stay as they are
+def splitting(collate: Collate, group: Group | None) -> Collate:
+    """A collator that gives this rank's part of each batch."""
+    if group is None:
+        return collate
+    return lambda rows, *, pad, packed: split(collate(rows, pad=pad, packed=packed), group)
+
+
+def sharing(objective: Any, group: Group | None) -> Any:
+    """The same objective with that collator."""
+    if group is None:
+        return objective
+    out = copy.copy(objective)
+    object.__setattr__(out, "collate", splitting(objective.collate, group))  # frozen: its settings stay as they are
     return out
 
 
@@ -227,11 +254,13 @@ def sharing(objective: Objective, group: Group) -> Objective:
 
 def check(run: Any) -> None:
     """Raise Incompatible for a run whose sequences cannot be split over ranks; nothing has been loaded yet."""
-    if getattr(run.place, "context", 1) == 1:
+    if run.place.context == 1:
         return
     method, objective = f"method {kind_of(run.method)}", f"objective {kind_of(run.objective)}"
     if "rollouts" in run.objective.needs:
-        raise Incompatible(f"place.context: {objective} weighs every token of its answers by itself, and such weights are not split over ranks; set place.context=1")
+        raise Incompatible(
+            f"place.context: {objective} weighs every token of its answers by itself, and such weights are not split over ranks; set place.context=1"
+        )
     if run.objective.renders == "mixed":
         raise Incompatible(MIXED)
     if kind_of(run.method) in LENGTHENING:
@@ -244,8 +273,8 @@ def check_base(base: Any, attention: str) -> None:
         raise Incompatible(NO_SOURCE)
     if base.model.config._attn_implementation != attention or not base.packs:
         raise Incompatible(
-            f"place.context: positions of {base.anatomy.family} see one another in other ways than by our attention, so its sequences are not split over ranks; "
-            "set place.context=1"
+            f"place.context: positions of {base.anatomy.family} see one another in other ways than by our attention, so its sequences are not split "
+            "over ranks; set place.context=1"
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from .errors import Incompatible as Incompatible
 from .errors import LuthierError as LuthierError
 
+T = TypeVar("T")
+U = TypeVar("U")
 IGNORE = -100  # a target that is not trained, as in torch.nn.functional.cross_entropy
 
 
@@ -495,14 +497,43 @@ class Feed(Protocol):
 
 
 class Place(Protocol):
-    """Where tensors live and how ranks agree."""
+    """Where tensors live and how ranks agree. What ranks agree on is called by all of them, in the same order; ``what`` names it in messages and `traffic`."""
 
     device: torch.device
-    rank: int
-    size: int
+    context: int  # ranks that share each sequence
 
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def lane(self) -> int: ...  # which share of the data is this rank's
+    @property
+    def lanes(self) -> int: ...  # of how many: fewer than ranks where some share each sequence
+    @property
+    def sequence(self) -> Any: ...  # the ranks that share each sequence, None: each has its own (context.py)
+    @property
+    def leads(self) -> bool: ...  # writes and speaks: rank 0
+    @property
+    def traffic(self) -> Mapping[str, int]: ...  # bytes handed to collectives so far, by what
+    def start(self) -> None: ...
     def put(self, policy: nn.Module) -> None: ...
     def mean(self, x: float) -> float: ...  # over ranks
+    def sums(self, named: Mapping[str, float], what: str = ...) -> dict[str, float]: ...  # several in one collective; names may differ by rank
+    def average(self, tensors: Sequence[Tensor], what: str = ...) -> None: ...  # in place
+    def gather(self, own: T, what: str = ...) -> list[T]: ...  # small things of every rank
+    def share(self, own: T, what: str = ...) -> T: ...  # what rank 0 has
+    def wait(self, what: str = ...) -> None: ...
+    def doing(self, what: str) -> AbstractContextManager[None]: ...  # an operation in which others are waited for
+
+
+def spread(place: Any, items: Sequence[T], work: Callable[[Sequence[T]], Sequence[U]], what: str = "results") -> list[U]:
+    """``work`` on all items, each rank on its own share of them; every rank gets the results of all, in the order of the items."""
+    if place.size == 1:
+        return list(work(items))
+    mine = items[place.rank :: place.size]
+    parts = place.gather(list(work(mine)) if len(mine) else [], what)
+    return [parts[i % place.size][i // place.size] for i in range(len(items))]
 
 
 class Task(Protocol):

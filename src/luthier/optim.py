@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -25,6 +25,7 @@ from .core import LuthierError, Method
 
 State = Literal["float32", "8bit", "paged-8bit"]
 FASTEST = 0.3  # of default learning rates
+ALIGNED = 64  # numbers: where a group's gradients begin in the one buffer, for kernels that read several at once
 SMALL = 4096  # a tensor of fewer numbers keeps its moments in float32, as in bitsandbytes
 
 
@@ -92,19 +93,23 @@ class Optimizer:
             factor = rule["rate"] / lr if "rate" in rule else rule.get("lr", 1.0)
             small = state == "float32" or p.numel() < SMALL or name in precise
             sorted_out.setdefault((factor, decay, not small), []).append(name)
-        self.groups = [self._group(names, [params[n] for n in names], *kind) for kind, names in sorted_out.items()]
+        self.names = frozenset(params)
+        sizes = [-(-sum(params[n].numel() for n in names) // ALIGNED) * ALIGNED for names in sorted_out.values()]
+        whole = torch.zeros(sum(sizes), dtype=torch.float32, device=next(iter(params.values())).device)
+        self.grads = [whole]  # of all groups, end to end: what ranks average
+        parts = zip(sorted_out.items(), whole.split(sizes), strict=True)
+        self.groups = [self._group(names, [params[n] for n in names], grad, *kind) for (kind, names), grad in parts]
         device = self.groups[0].master.device.type
         exact = [g.settings for g in self.groups if g.pieces is None]
         coded = [g.settings for g in self.groups if g.pieces is not None]
         self.adam = torch.optim.AdamW(exact, lr=lr, betas=betas, eps=eps, fused=device in ("cpu", "cuda")) if exact else None
         self.adam8 = _adam8(coded, paged=state == "paged-8bit", lr=lr, betas=betas, eps=eps) if coded else None
 
-    def _group(self, names: list[str], params: list[nn.Parameter], lr_factor: float, decay: float, coded: bool) -> _Group:
+    def _group(self, names: list[str], params: list[nn.Parameter], grad: Tensor, lr_factor: float, decay: float, coded: bool) -> _Group:
         ends = torch.tensor([p.numel() for p in params]).cumsum(0).tolist()
         slices = [slice(e - p.numel(), e) for e, p in zip(ends, params, strict=True)]
         device = params[0].device
-        master = torch.empty(ends[-1], dtype=torch.float32, device=device)
-        grad = torch.zeros_like(master)
+        master, grad = torch.empty(ends[-1], dtype=torch.float32, device=device), grad[: ends[-1]]
         for name, p, s in zip(names, params, slices, strict=True):
             master[s] = p.detach().flatten()
             if p.dtype == torch.float32:
@@ -165,6 +170,12 @@ class Optimizer:
                     moments = {k: states[0][k][s] for k in _EXACT if states[0]} if g.pieces is None else {k: states[i][k] for k in _CODED if states[i]}
                     out |= {f"{k}|{name}": t for k, t in moments.items()}
         return out
+
+    def learned_elsewhere(self, names: Iterable[Iterable[str]]) -> None:
+        """Names of tensors that got a gradient on some rank: they got one here too, once gradients are averaged."""
+        for some in names:
+            self.fresh.update(some)
+        self.seen |= self.fresh
 
     def zero_grad(self) -> None:
         """Forget all gradients."""

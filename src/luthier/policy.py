@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from . import attention, decoding, generation, prepacked, standin
 from .anatomy import trunk
-from .core import Base, Batch, Delta, Incompatible, LuthierError, Method, Objective, Rollout, Stream
+from .core import Base, Batch, Delta, Incompatible, LuthierError, Method, Objective, Place, Rollout, Stream
+from .device import Alone
 from .graph import recorded
 from .nn.logprob import chunks, linear_logp, shape_logits
 from .prompts import Longer, make_room, put_in
@@ -34,6 +35,7 @@ class Policy(nn.Module):
         self.lm = base.model
         self.heads = nn.ModuleDict(heads or {})
         self.base, self.method, self.name = base, method, name
+        self.place: Place = Alone()  # type: ignore[assignment]  # what ranks there are, once it was put
         self.objective: Objective | None = None  # what it was trained with, where that is known: it reads the heads
         self.deltas: dict[str, Delta] = {}
         self.active: str | None = None

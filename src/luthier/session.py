@@ -29,6 +29,7 @@ from . import (
     build,
     checkpoint,
     config,
+    context,
     counts,
     difficulty,
     fitting,
@@ -51,6 +52,7 @@ from .data.prepare import Prepared
 from .data.replay import Beside
 from .data.rollout import Rollouts
 from .data.rows import sides
+from .device import ran_out
 from .errors import Interrupted
 from .evaluate import Score
 from .familiarity import Familiarity
@@ -125,6 +127,7 @@ def execute(
         say.note(note)
     forgetting.check(run)
     difficulty.check(run)
+    context.check(run)
     state = _state(run, resume, accept_changes, say)
     build.seed_everything(run.seed)  # random weights are drawn while the model is made
     if run.place.ceiling is not None and getattr(run.precision, "resident", "") == "auto":
@@ -363,7 +366,7 @@ class Session:
 
     def _halve(self, e: BaseException | None, why: str = "memory ran out") -> None:
         """Smaller micro-batches, once; raises what is no want of memory, and the second time."""
-        if e is not None and (self.halved or not headroom.ran_out(e)):
+        if e is not None and (self.halved or not ran_out(e)):
             raise e
         self.say.warn(f"{why}: {headroom.halve(self.feed, e)}")
         self.halved = True
