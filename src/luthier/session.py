@@ -131,7 +131,7 @@ def execute(
     if run.place.ceiling is not None and getattr(run.precision, "resident", "") == "auto":
         run = replace(run, precision=replace(run.precision, resident="no"))
         say.note("precision.resident=no: decoded weights are not kept in memory beside the codes, because place.memory limits it")
-    base = build.load(run.model, precision=run.precision, device=run.place.device, trains_base=run.method.edits == "weights")
+    base = build.open_base(run)
     if base.tokenizer is None:
         build.load_tokenizer(run.model)  # says what is missing
     say.base(base)

@@ -133,7 +133,7 @@ def _passed(policy: Policy, objective: Objective, micro_batches: list[Batch], un
             if penalty.requires_grad:
                 penalty.backward()
     except (RuntimeError, MemoryError) as e:
-        if place.size == 1 or not ran_out(e):
+        if place.size == 1 or policy.sharded or not ran_out(e):  # where weights are gathered, the others already wait inside a forward
             raise
         return e
     return None
