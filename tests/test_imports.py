@@ -62,6 +62,7 @@ LAW: dict[str, set[str]] = {
     "precision": BASICS | {"bnb", "site"},
     "launched": set(),
     "device": {"core"},
+    "elastic": {"atomic", "checkpoint", "config", "core", "launched", "run"},
     "heartbeat": set(),
     "ranks": {"heartbeat", "launched"},
     "place": BASICS | {"device", "launched", "plugins", "ranks", "site"},
