@@ -64,6 +64,7 @@ LAW: dict[str, set[str]] = {
     "precision": BASICS | {"bnb", "site"},
     "launched": set(),
     "device": {"core"},
+    "elastic": {"atomic", "checkpoint", "config", "core", "launched", "run"},
     "heartbeat": set(),
     "ranks": {"heartbeat", "launched"},
     "place": BASICS | {"device", "launched", "plugins", "ranks", "sharding", "site"},
