@@ -19,6 +19,7 @@ from torch.nn.functional import gelu
 from .core import Incompatible, Segments
 from .families import FAMILIES, FEED_FORWARDS, GROUPS, OUTPUTS, POST_NORMS, ROLES, USUAL, USUAL_FUSED, Roles
 from .packed import PackedLinear
+from .shards import gathered
 from .site import Site
 
 UNBOUNDED = 2048  # positions taken for a model that has no last one (T5's are relative)
@@ -38,9 +39,10 @@ def features(module: nn.Module) -> tuple[int, int]:
 
 def dense_weight(module: nn.Module) -> Tensor:
     """(out, in) fp32 weight of a linear, however it is kept."""
-    if isinstance(module, PackedLinear):
-        return module.dense(torch.float32)
-    weight = module.weight.detach().float()  # type: ignore[operator, union-attr]
+    with gathered(module):
+        if isinstance(module, PackedLinear):
+            return module.dense(torch.float32)
+        weight = module.weight.detach().float()  # type: ignore[operator, union-attr]
     return weight.t() if type(module).__name__ == "Conv1D" else weight
 
 

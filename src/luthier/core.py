@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -527,13 +527,35 @@ class Place(Protocol):
     def doing(self, what: str) -> AbstractContextManager[None]: ...  # an operation in which others are waited for
 
 
-def spread(place: Any, items: Sequence[T], work: Callable[[Sequence[T]], Sequence[U]], what: str = "results") -> list[U]:
-    """``work`` on all items, each rank on its own share of them; every rank gets the results of all, in the order of the items."""
-    if place.size == 1:
+def spread(policy: Any, items: Sequence[T], work: Callable[[Sequence[T]], Sequence[U]], what: str) -> list[U]:
+    """``work`` on all items, each rank that the policy is on taking its share of them; every rank gets the results of all, in the order of the items.
+
+    ``work`` must not itself agree on anything with other ranks. A voice (voices.py) is on this rank alone.
+    """
+    place: Place | None = getattr(policy, "place", None)
+    if place is None or place.size == 1:
         return list(work(items))
     mine = items[place.rank :: place.size]
     parts = place.gather(list(work(mine)) if len(mine) else [], what)
     return [parts[i % place.size][i // place.size] for i in range(len(items))]
+
+
+def spread_answers(policy: Any, prompts: Sequence[Sequence[int]], **how: Any) -> Rollout:
+    """`Policy.generate`, the prompts spread over the ranks that the policy is on."""
+    place: Place | None = getattr(policy, "place", None)
+    if place is None or place.size == 1:
+        return cast(Rollout, policy.generate(prompts, **how))
+    samples, numbers = how.get("samples", 1), how.pop("numbers", None) or range(len(prompts))
+    if (tick := how.get("on_answers")) is not None:
+        how["on_answers"] = lambda done: tick(min(done * place.size, len(prompts) * samples))
+
+    def work(some: Sequence[tuple[int, Sequence[int]]]) -> list[list[tuple[Any, ...]]]:
+        got = policy.generate([ids for _, ids in some], numbers=[n for n, _ in some], **how)
+        each = list(zip(got.ids, got.logps, got.stopped, got.tempered, strict=True))
+        return [each[i * samples : (i + 1) * samples] for i in range(len(some))]
+
+    parts = [a for some in spread(policy, list(zip(numbers, prompts, strict=True)), work, "answers") for a in some]
+    return Rollout(*([p[i] for p in parts] for i in range(4)))
 
 
 class Task(Protocol):

@@ -127,8 +127,12 @@ class OnDevice(Alone):
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         torch.set_flush_denormal(True)
-        policy.to(self.device)
+        self.move(policy)
         policy.place = self  # type: ignore[assignment]
+
+    def move(self, policy: nn.Module) -> None:
+        """Its tensors to the device."""
+        policy.to(self.device)
 
 
 SAID = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory", "bad allocation")

@@ -36,6 +36,7 @@ class Step:
     where: tuple[str, ...] = ()  # the examples of the micro-batches that were not finite
     metrics: dict[str, float] = field(default_factory=dict)
     traffic: int = 0  # bytes that this rank handed to collectives
+    signals: dict[str, float] = field(default_factory=dict)  # over all ranks
 
 
 def train(
@@ -49,8 +50,12 @@ def train(
     start: int = 0,
     clip: float = 1.0,
     place: Place,
+    signals: Callable[[], dict[str, float]] = dict,
 ) -> Iterator[Step]:
-    """Run steps ``start`` to ``steps``, yielding after each. ``lr``: step (from 0) -> learning rate; ``clip`` 0: never."""
+    """Run steps ``start`` to ``steps``, yielding after each. ``lr``: step (from 0) -> learning rate; ``clip`` 0: never.
+
+    ``signals``: numbers of this rank's own that are added up over ranks with the step's, so that all decide alike.
+    """
     delta = policy.delta
     policy.train()
     for step in range(start, steps):
@@ -65,7 +70,8 @@ def train(
         if objective.couples:
             cast(Coupled, objective).couple(policy, [b.to(place.device) for b in micro_batches], place.mean)
         failed = _passed(policy, objective, micro_batches, units, place, done)
-        told = place.sums(done.told(micro_batches, failed is not None, len(optimizer.names - optimizer.fresh)), "losses and metrics")
+        own = done.told(micro_batches, failed is not None, len(optimizer.names - optimizer.fresh)) | {f"signal {k}": v for k, v in signals().items()}
+        told = place.sums(own, "losses and metrics")
         if told["failed"]:
             raise failed or MemoryError("memory ran out on another rank")
         if told["silent"]:
@@ -92,6 +98,7 @@ def train(
             where=() if finite else _culprits(micro_batches, done, place),
             metrics=_means(told),
             traffic=sum(place.traffic.values()) - sent,
+            signals={k.removeprefix("signal "): n for k, n in told.items() if k.startswith("signal ")},
         )
         policy.train()  # whoever read the step may have evaluated
 
@@ -133,7 +140,7 @@ def _passed(policy: Policy, objective: Objective, micro_batches: list[Batch], un
             if penalty.requires_grad:
                 penalty.backward()
     except (RuntimeError, MemoryError) as e:
-        if place.size == 1 or not ran_out(e):
+        if place.size == 1 or policy.sharded or not ran_out(e):  # where weights are gathered, the others already wait inside a forward
             raise
         return e
     return None

@@ -7,7 +7,7 @@ their gradients are the same everywhere, by one all-reduce of the optimizer's fl
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeVar
@@ -22,6 +22,7 @@ from ..device import OnDevice
 from ..launched import launched
 from ..plugins import Range, within_ranges
 from ..ranks import Group, joined
+from ..sharding import Sharding, choose, sharding_of
 
 T = TypeVar("T")
 
@@ -42,10 +43,6 @@ class Place(OnDevice):
     def __post_init__(self) -> None:
         super().__post_init__()
         within_ranges(self)
-        if self.shard not in ("auto", "none"):
-            raise LuthierError(f"shard: {self.shard} is not there yet; every rank holds the whole model with place.shard=none")
-        if self.offload:
-            raise LuthierError("offload: nothing is sharded, so there is nothing to offload; leave it out")
         here = launched()
         if self.device.type == "cuda" and here.local >= torch.cuda.device_count():
             raise LuthierError(
@@ -109,7 +106,21 @@ class Place(OnDevice):
         if self.size > 1:
             self.group.wait(what)
 
+    def sharding(self, on_meta: Callable[[], nn.Module], *, trains: bool, compute: torch.dtype) -> Sharding | None:
+        """How a base (made on the meta device by ``on_meta``) is laid out over the ranks; None: each holds all of it."""
+        if self.size == 1 or self.shard == "none":
+            return None
+        self.start()
+        return choose(on_meta(), trains=trains, compute=compute, place=self, local_size=launched().local_size)
+
     def put(self, policy: nn.Module) -> None:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         super().put(policy)
+
+    def move(self, policy: nn.Module) -> None:
+        laid_out = sharding_of(policy.lm)  # type: ignore[arg-type]
+        if laid_out is None:
+            super().move(policy)
+        else:
+            laid_out.move(policy)
