@@ -8,6 +8,7 @@ import torch
 from luthier import headroom
 from luthier.core import LuthierError
 from luthier.data.replay import Beside
+from luthier.device import ran_out
 from luthier.objectives.sft import Objective
 from luthier.session import execute
 from test_familiarity import Said
@@ -30,7 +31,7 @@ def losses(folder, name="loss"):
     ],
 )
 def test_what_is_a_want_of_memory(error, memory):
-    assert headroom.ran_out(error) is memory
+    assert ran_out(error) is memory
 
 
 def fail_at(monkeypatch, steps, error):

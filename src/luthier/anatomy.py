@@ -19,6 +19,7 @@ from torch.nn.functional import gelu
 from .core import Incompatible, Segments
 from .families import FAMILIES, FEED_FORWARDS, GROUPS, OUTPUTS, POST_NORMS, ROLES, USUAL, USUAL_FUSED, Roles
 from .packed import PackedLinear
+from .shards import gathered
 from .site import Site
 
 UNBOUNDED = 2048  # positions taken for a model that has no last one (T5's are relative)
@@ -38,9 +39,10 @@ def features(module: nn.Module) -> tuple[int, int]:
 
 def dense_weight(module: nn.Module) -> Tensor:
     """(out, in) fp32 weight of a linear, however it is kept."""
-    if isinstance(module, PackedLinear):
-        return module.dense(torch.float32)
-    weight = module.weight.detach().float()  # type: ignore[operator, union-attr]
+    with gathered(module):
+        if isinstance(module, PackedLinear):
+            return module.dense(torch.float32)
+        weight = module.weight.detach().float()  # type: ignore[operator, union-attr]
     return weight.t() if type(module).__name__ == "Conv1D" else weight
 
 
@@ -168,9 +170,7 @@ class Anatomy:
     def pool(self, hidden_BTD: Tensor, segments: Segments) -> Tensor:
         """(S, D): the vector of each example that a classification head reads. An encoder's is its first token's, which sees all the others; a decoder's,
         and the decoder's of an encoder-decoder, its last token's."""
-        width = hidden_BTD.shape[1]
-        index = segments.first(width) if self.kind == "encoder" else segments.last(width)
-        return hidden_BTD.flatten(0, 1).index_select(0, index.to(hidden_BTD.device))
+        return segments.pick(hidden_BTD, "first" if self.kind == "encoder" else "last")
 
 
 # --- blocks ---------------------------------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from . import across
+from .context import Portion
 from .core import PACKED_MULTIPLE, Incompatible, Segments, round_up
 from .site import Frame, current, members, using
 
@@ -52,6 +54,8 @@ def attend(
         return _masked(frame, module, query, key, value, attention_mask, dropout, scaling, softcap, **kwargs), None
     how = How(dropout, scaling, sliding_window, softcap, causal=bool(getattr(module, "is_causal", True)))
     mixed = isinstance(frame.route, tuple) and bool(frame.prefixes)
+    if isinstance(frame.segments, Portion):  # ranks share the stream
+        return across.attend(frame, module, query, key, value, how, across.Ours(_rows, _capped, prefix_of, plan)), None
     if frame.segments.plain and how.causal and not mixed:  # padding stands to the right of every token, so a causal row never sees it
         return _rows(query, key, value, how, prefix=prefix_of(frame, frame.route, module)).transpose(1, 2), None
     B, H, T, d = query.shape

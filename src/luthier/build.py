@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import random
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,15 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as hf_logging
 
-from . import adapter, attention, codes, probe, quantised, vocabulary, voices
+from . import adapter, attention, codes, context, probe, quantised, vocabulary, voices
 from .anatomy import Anatomy, cast, max_positions, numbers
 from .core import Base, Incompatible, LuthierError, Method, Objective, Place, Precision
 from .hub import fingerprint, locate
+from .launched import launched
 from .plugins import kind_of, plugin
 from .policy import Policy, leave_out_unread
 from .run import Model, Run
+from .sharding import Sharding, sharding_of
 from .site import restoring
 
 hf_logging.set_verbosity_error()
@@ -66,10 +68,28 @@ def load_tokenizer(model: Model) -> Any:
         raise LuthierError(f"{folder}: the tokenizer cannot be opened: {_first_line(e)}") from e
 
 
-def load(model: Model | str, *, precision: Precision, device: torch.device | str = "cpu", weights: bool = True, trains_base: bool = False) -> Base:
+def open_base(run: Run) -> Base:
+    """The base of a run whose precision is resolved, where the run lives: over its ranks, where its place shards it."""
+    whole = getattr(run.method, "whole", False)
+    trains_base = run.method.edits == "weights"
+    sharding = None
+    if hasattr(run.place, "sharding"):
+        sharding = run.place.sharding(lambda: load(run.model, precision=run.precision, weights=False).model, trains=whole, compute=run.precision.dtype)
+    return load(run.model, precision=run.precision, device=run.place.device, trains_base=trains_base, sharding=sharding)
+
+
+def load(
+    model: Model | str,
+    *,
+    precision: Precision,
+    device: torch.device | str = "cpu",
+    weights: bool = True,
+    trains_base: bool = False,
+    sharding: Sharding | None = None,
+) -> Base:
     """Open a pretrained model as a Base: frozen, probed, in evaluation mode.
 
-    ``weights=False``: on the meta device, from the configuration alone. ``trains_base``: keep the model's own dropout.
+    ``weights=False``: on the meta device, from the configuration alone. ``trains_base``: keep the model's own dropout. ``sharding``: hold this rank's part.
     Raises LuthierError for what cannot be found or opened, Incompatible for what this program cannot train.
     """
     model = Model(id=model) if isinstance(model, str) else model
@@ -88,7 +108,7 @@ def load(model: Model | str, *, precision: Precision, device: torch.device | str
             cast(lm, precision.dtype)
         else:
             cache = _cached(model, folder, hash, precision)
-            lm, headless = _open(kind, folder if cache is None else cache, config, precision, model)
+            lm, headless = _open(kind, folder if cache is None else cache, config, precision, model, sharding)
     except LuthierError:
         raise
     except Exception as e:
@@ -96,13 +116,17 @@ def load(model: Model | str, *, precision: Precision, device: torch.device | str
     if precision.packed and (model.random or not weights):
         quantised.pack(lm, precision)
     tokenizer = load_tokenizer(model) if _has_tokenizer(folder) else None
-    lm = lm.to(device) if weights else lm
-    storage = quantised.settle(lm, precision) if precision.packed and weights else ""
+    if sharding is not None and weights:
+        if sharding_of(lm) is None:
+            sharding.lay_out(lm)
+        sharding.settle(lm)
+    lm = lm.to(device) if weights and sharding is None else lm
+    storage = quantised.settle(lm, precision) if precision.packed and weights and sharding is None else "" if sharding is None else sharding.said
     base = adopt(lm, tokenizer, source=model.id, revision=model.revision)
     base.hash, base.precision, base.storage = hash, precision, storage
     if headless:
         base.probes["head"] = None
-    if precision.packed and weights and not model.random and cache is None:
+    if precision.packed and weights and not model.random and cache is None and sharding is None:  # no rank holds all that would be written
         base.storage += _keep(base, folder, model)
     return base
 
@@ -152,7 +176,8 @@ def auto_class(config: Any) -> Any:
 
 def adopt(lm: Any, tokenizer: Any = None, *, source: str = "", revision: str | None = None) -> Base:
     """A transformers model that is already in memory as a Base: frozen, its attention ours where the probe agrees."""
-    lm.requires_grad_(False).eval()
+    sharding = sharding_of(lm)
+    lm.requires_grad_(sharding is not None and sharding.trains).eval()  # FSDP2 asks at the first forward what trains
     anatomy = Anatomy.of(lm)
     base = Base(lm, tokenizer, anatomy, hash="", packs=anatomy.kind != "encoder_decoder", source=source, revision=revision)
     base.max_positions = max_positions(lm, anatomy.first_position)
@@ -160,6 +185,8 @@ def adopt(lm: Any, tokenizer: Any = None, *, source: str = "", revision: str | N
         probe.use(lm, attention.NAME)
         return base
     base.probes = probe.run(base)
+    if sharding is not None:
+        sharding.rest()
     base.packs = base.probes["packs"]
     return base
 
@@ -172,8 +199,11 @@ def assemble(run: Run, base: Base | None = None, *, name: str = "default") -> tu
     place: Place = run.place
     seed_everything(run.seed)
     check(run)
+    context.check(run)
     if base is None:
-        base = load(run.model, precision=run.precision, device=place.device, trains_base=method.edits == "weights")
+        base = open_base(run)
+    if place.context > 1:
+        context.check_base(base, attention.NAME)
     heads = objective.heads(base)
     reads_head = not heads or getattr(objective, "reads_head", False)
     if reads_head and base.probes.get("head", 0.0) is None:
@@ -184,6 +214,8 @@ def assemble(run: Run, base: Base | None = None, *, name: str = "default") -> tu
     if run.tokens:
         vocabulary.extend(base, run.tokens)
     delta = method.attach(base, name)
+    if place.context > 1:
+        context.check_delta(delta)
     vocabulary.attach(base, delta, name)
     if not reads_head and method.edits == "weights":
         leave_out_unread(base, delta)
@@ -228,12 +260,17 @@ def check(run: Run) -> None:
 
 
 def resolve(run: Run) -> tuple[Run, list[str]]:
-    """Replace precision "auto" by this machine's fast one. Returns the notes to print."""
+    """Replace precision "auto" by this machine's fast one, and place one by fsdp where torchrun started several processes. Returns the notes to print."""
+    here, notes = launched(), []
+    if here.size > 1 and kind_of(run.place) == "one":
+        same = {f.name: getattr(run.place, f.name) for f in fields(run.place)}
+        run = replace(run, place=plugin("place", "fsdp")(**same))
+        notes.append(f"place fsdp: {here.size} processes were started, which train one model together")
     if run.precision != "auto":
-        return run, []
+        return run, notes
     stored = codes.stored_in(locate(run.model, weights=False))
     kind, why = fast_precision(run.place.device) if stored is None else (stored, "so the model is stored")
-    return replace(run, precision=plugin("precision", kind)()), [f"precision {kind}: {why}"]
+    return replace(run, precision=plugin("precision", kind)()), [*notes, f"precision {kind}: {why}"]
 
 
 def _config(folder: Path, model: Model, trains_base: bool) -> Any:
@@ -250,11 +287,13 @@ def _config(folder: Path, model: Model, trains_base: bool) -> Any:
     return config
 
 
-def _open(kind: Any, folder: Path, config: Any, precision: Any, model: Model) -> tuple[Any, bool]:
+def _open(kind: Any, folder: Path, config: Any, precision: Any, model: Model, sharding: Sharding | None) -> tuple[Any, bool]:
     """The model, and whether its language-model head is missing from the files: an encoder may come without (it is then random, and never read)."""
     how = {"trust_remote_code": model.trust_remote_code, "local_files_only": True}
     if precision.packed:
-        lm, info = quantised.open_model(kind, folder, config, precision, **how)
+        lm, info = quantised.open_model(kind, folder, config, precision, sharding=sharding, **how)
+    elif sharding is not None:
+        lm, info = quantised.open_sharded(kind, folder, config, precision.dtype, sharding, **how)
     else:
         lm, info = kind.from_pretrained(folder, config=config, dtype=precision.dtype, use_safetensors=True, output_loading_info=True, **how)
     odd = sorted(info["missing_keys"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from .errors import Incompatible as Incompatible
 from .errors import LuthierError as LuthierError
 
+T = TypeVar("T")
+U = TypeVar("U")
 IGNORE = -100  # a target that is not trained, as in torch.nn.functional.cross_entropy
 
 
@@ -75,6 +77,15 @@ class Segments:
     def last(self, width: int) -> Tensor:
         """(S,) flat index into (B * T) of each example's last token."""
         return self.first(width) + self.length - 1
+
+    def together(self, x: Tensor) -> Tensor:
+        """A sum over the tokens that are here as the sum over all of them; ranks that share a sequence add theirs up (context.py)."""
+        return x
+
+    def pick(self, hidden_BTD: Tensor, end: Literal["first", "last"]) -> Tensor:
+        """(S, D): the hidden states of each example's first or last token."""
+        index = (self.first if end == "first" else self.last)(hidden_BTD.shape[1])
+        return hidden_BTD.flatten(0, 1).index_select(0, index.to(hidden_BTD.device))
 
     @property
     def plain(self) -> bool:
@@ -250,7 +261,7 @@ def scored(batch: Batch, hidden_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def next_token_loss(policy: Policy, batch: Batch) -> Loss:
     """Sum of -log p(target) over the trained positions of a batch."""
     hidden_ND, target_N, _ = scored(batch, policy.hidden(batch))
-    return Loss({"tokens": -policy.score(hidden_ND, target_N)["logp"].sum()})
+    return Loss({"tokens": -batch.segments.together(policy.score(hidden_ND, target_N)["logp"].sum())})
 
 
 def next_token_losses(policy: Policy, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
@@ -272,7 +283,8 @@ def example_logps(policy: Policy, batch: Batch) -> tuple[Tensor, Tensor]:
     hidden_ND, target_N, example_N = scored(batch, policy.hidden(batch))
     logp_N = policy.score(hidden_ND, target_N)["logp"]
     zeros_S = torch.zeros(len(batch.segments), device=logp_N.device)
-    return zeros_S.index_add(0, example_N, logp_N), zeros_S.index_add(0, example_N, torch.ones_like(logp_N))
+    logp_S, count_S = (batch.segments.together(zeros_S.index_add(0, example_N, x_N)) for x_N in (logp_N, torch.ones_like(logp_N)))
+    return logp_S, count_S
 
 
 def reference_logps(policy: Policy, batch: Batch) -> Tensor:
@@ -485,14 +497,65 @@ class Feed(Protocol):
 
 
 class Place(Protocol):
-    """Where tensors live and how ranks agree."""
+    """Where tensors live and how ranks agree. What ranks agree on is called by all of them, in the same order; ``what`` names it in messages and `traffic`."""
 
     device: torch.device
-    rank: int
-    size: int
+    context: int  # ranks that share each sequence
 
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def lane(self) -> int: ...  # which share of the data is this rank's
+    @property
+    def lanes(self) -> int: ...  # of how many: fewer than ranks where some share each sequence
+    @property
+    def sequence(self) -> Any: ...  # the ranks that share each sequence, None: each has its own (context.py)
+    @property
+    def leads(self) -> bool: ...  # writes and speaks: rank 0
+    @property
+    def traffic(self) -> Mapping[str, int]: ...  # bytes handed to collectives so far, by what
+    def start(self) -> None: ...
     def put(self, policy: nn.Module) -> None: ...
     def mean(self, x: float) -> float: ...  # over ranks
+    def sums(self, named: Mapping[str, float], what: str = ...) -> dict[str, float]: ...  # several in one collective; names may differ by rank
+    def average(self, tensors: Sequence[Tensor], what: str = ...) -> None: ...  # in place
+    def gather(self, own: T, what: str = ...) -> list[T]: ...  # small things of every rank
+    def share(self, own: T, what: str = ...) -> T: ...  # what rank 0 has
+    def wait(self, what: str = ...) -> None: ...
+    def doing(self, what: str) -> AbstractContextManager[None]: ...  # an operation in which others are waited for
+
+
+def spread(policy: Any, items: Sequence[T], work: Callable[[Sequence[T]], Sequence[U]], what: str) -> list[U]:
+    """``work`` on all items, each rank that the policy is on taking its share of them; every rank gets the results of all, in the order of the items.
+
+    ``work`` must not itself agree on anything with other ranks. A voice (voices.py) is on this rank alone.
+    """
+    place: Place | None = getattr(policy, "place", None)
+    if place is None or place.size == 1:
+        return list(work(items))
+    mine = items[place.rank :: place.size]
+    parts = place.gather(list(work(mine)) if len(mine) else [], what)
+    return [parts[i % place.size][i // place.size] for i in range(len(items))]
+
+
+def spread_answers(policy: Any, prompts: Sequence[Sequence[int]], **how: Any) -> Rollout:
+    """`Policy.generate`, the prompts spread over the ranks that the policy is on."""
+    place: Place | None = getattr(policy, "place", None)
+    if place is None or place.size == 1:
+        return cast(Rollout, policy.generate(prompts, **how))
+    samples, numbers = how.get("samples", 1), how.pop("numbers", None) or range(len(prompts))
+    if (tick := how.get("on_answers")) is not None:
+        how["on_answers"] = lambda done: tick(min(done * place.size, len(prompts) * samples))
+
+    def work(some: Sequence[tuple[int, Sequence[int]]]) -> list[list[tuple[Any, ...]]]:
+        got = policy.generate([ids for _, ids in some], numbers=[n for n, _ in some], **how)
+        each = list(zip(got.ids, got.logps, got.stopped, got.tempered, strict=True))
+        return [each[i * samples : (i + 1) * samples] for i in range(len(some))]
+
+    parts = [a for some in spread(policy, list(zip(numbers, prompts, strict=True)), work, "answers") for a in some]
+    return Rollout(*([p[i] for p in parts] for i in range(4)))
 
 
 class Task(Protocol):

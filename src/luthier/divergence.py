@@ -30,41 +30,48 @@ class Moved:
     def __init__(self, policy: Policy, batches: Callable[[], Iterator[Batch]], *, started: bool, budget: int = BYTES):
         """``batches``: the fixed text, anew at every call; ``started``: training starts from a saved delta; ``budget``: bytes to keep."""
         self.policy, self.batches, self.started = policy, batches, started
-        self.kept: list[tuple[Tensor, Tensor]] | None = None
+        self.kept: dict[int, tuple[Tensor, Tensor]] | None = None  # by batch: this rank's
         if started or trains_base(policy):
             self.kept = self._keep(budget)
 
     @property
     def known(self) -> int | None:
         """Of how many tokens the probability before is known at each position; None: of all, because before can be asked."""
-        return None if self.kept is None else self.kept[0][0].shape[1]
+        return None if self.kept is None else self.most
 
     @torch.no_grad()
-    def _keep(self, budget: int) -> list[tuple[Tensor, Tensor]]:
+    def _keep(self, budget: int) -> dict[int, tuple[Tensor, Tensor]]:
         n = sum(sum(b.units.values()) for b in self.batches())
         k = max(1, budget // (PER_TOKEN * max(1, n)))
-        out = []
+        out = {}
+        self.most = min(k, vocabulary(self.policy))
         with as_it_was(self.policy, self.started):
-            for batch in self.batches():
+            for i, batch in self._own():
                 parts = [coarse(logq_nV, k) for logq_nV in said(self.policy, states(self.policy, batch))]
-                out.append((torch.cat([p.cpu() for p, _ in parts]), torch.cat([t.cpu() for _, t in parts])))
+                out[i] = (torch.cat([p.cpu() for p, _ in parts]), torch.cat([t.cpu() for _, t in parts]))
         return out
+
+    def _own(self) -> Iterator[tuple[int, Batch]]:
+        """This rank's share of the batches, with their numbers."""
+        place = self.policy.place
+        return ((i, batch) for i, batch in enumerate(self.batches()) if i % place.size == place.rank)
 
     @torch.no_grad()
     def measure(self) -> tuple[float, int]:
         """(mean KL in nats, over how many tokens). The policy is put into evaluation mode and back."""
-        policy, total, n = self.policy, 0.0, 0
+        policy, own = self.policy, []
         training = policy.training
         policy.eval()
         try:
-            for i, batch in enumerate(self.batches()):
+            for i, batch in self._own():
                 now_ND = states(policy, batch)
-                n += len(now_ND)
                 kl = self._asked(batch, now_ND) if self.kept is None else self._known(now_ND, *self.kept[i])
-                total += sum(float(x.double().sum()) for x in kl)
+                own.append((i, sum(float(x.double().sum()) for x in kl), len(now_ND)))
         finally:
             policy.train(training)
-        return max(0.0, total) / n, n
+        told = sorted(part for some in policy.place.gather(own, "divergence") for part in some)
+        n = sum(count for _, _, count in told)
+        return max(0.0, sum(kl for _, kl, _ in told)) / n, n
 
     def _asked(self, batch: Batch, now_ND: Tensor) -> Iterator[Tensor]:
         policy = self.policy

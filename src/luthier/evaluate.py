@@ -16,7 +16,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from .core import Batch, Coupled, LuthierError, Objective, Task
+from .core import Batch, Coupled, LuthierError, Objective, Place, Task
 from .marks import Pooled, Row, Score, Whole, of_task
 from .paired import difference
 
@@ -84,26 +84,35 @@ def loss_on(policy: Any, objective: Objective, batches: Iterable[Batch]) -> Loss
     """Loss on held-out batches, which are where the policy is. The policy is put into evaluation mode and back."""
     sums = dict.fromkeys(objective.terms, 0.0)
     counts = dict.fromkeys(objective.terms, 0)
-    parts: list[Part] = []
     training = policy.training
     policy.eval()
     try:
         if getattr(objective, "couples", False):
             batches = list(batches)
             cast(Coupled, objective).couple(policy, batches)
-        for batch in batches:
-            if not any(batch.units.values()):
-                continue
-            own = {name: float(value) for name, value in objective.loss(policy, batch).sums.items()}
-            parts.append((own, {name: batch.units.get(name, 0) for name in own}))
-            for name, value in own.items():
-                sums[name] += value
-                counts[name] += parts[-1][1][name]
+        parts = _parts(policy, objective, batches)
     finally:
         policy.train(training)
+    for own, count in parts:
+        for name, value in own.items():
+            sums[name] += value
+            counts[name] += count[name]
     if not any(counts.values()):
         raise LuthierError(NOTHING)
     return Losses(sums, counts, dict(objective.terms), tuple(parts))
+
+
+def _parts(policy: Any, objective: Objective, batches: Iterable[Batch]) -> list[Part]:
+    """The parts of those batches that have something to score, each computed on one rank."""
+    place: Place | None = getattr(policy, "place", None)
+    rank, size = (0, 1) if place is None else (place.rank, place.size)
+    own: list[tuple[int, Part]] = []
+    for i, batch in enumerate(batches):
+        if i % size == rank and any(batch.units.values()):
+            sums = {name: float(value) for name, value in objective.loss(policy, batch).sums.items()}
+            own.append((i, (sums, {name: batch.units.get(name, 0) for name in sums})))
+    told = [own] if place is None else place.gather(own, "held-out losses")
+    return [part for _, part in sorted((p for some in told for p in some), key=lambda p: p[0])]
 
 
 def rise(before: Losses, now: Losses) -> tuple[float, float]:

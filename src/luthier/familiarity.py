@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from .core import LuthierError, Objective, Row
+from .core import LuthierError, Objective, Row, spread_answers
 from .data.facts import ALIASES
 from .data.prepare import Prepared
 from .data.render import stop_ids
@@ -107,7 +107,7 @@ class Familiarity:
         every = [f for some in self.followed.values() for f in some]
         tokenizer, kind = self.policy.base.tokenizer, self.policy.base.anatomy.kind
         most = min(LONGEST, max(f.tokens for f in every) + 4)
-        rollout = self.policy.generate([f.prompt for f in every], max_new=most, stop=stop_ids(tokenizer, self.run.model.template, kind=kind))
+        rollout = spread_answers(self.policy, [f.prompt for f in every], max_new=most, stop=stop_ids(tokenizer, self.run.model.template, kind=kind))
         said = iter(tokenizer.decode(ids, skip_special_tokens=True) for ids in rollout.ids)
         is_right = lambda f, answer: self.match.score({"refs": f.refs}, answer)["exact_match"] == 1  # noqa: E731
         return {name: "".join("01"[is_right(f, next(said))] for f in some) for name, some in self.followed.items()}

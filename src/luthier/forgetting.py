@@ -83,8 +83,8 @@ class Against:
             "pad": self.policy.pad,
             "packed": self.packed,
             "micro_tokens": self.run.optim.micro_tokens,
-            "rank": place.rank,
-            "size": place.size,
+            "rank": place.lane,
+            "size": place.lanes,
         }
         rows = Replayed(self.text.train, self.text.learner.collate, batch_tokens=1, steps=main.steps, seed=self.run.seed + SEED, **how)
         return Beside(main, rows, share=r.share, kl_on=r.kl_on)

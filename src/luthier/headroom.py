@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .context import sharing
 from .core import LuthierError
 from .data.replay import Beside
 from .foresight import as_long
@@ -14,13 +15,6 @@ from .microbatch import made_up, shape_of
 from .optim import Optimizer
 from .policy import Policy
 from .run import Run
-
-SAID = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory", "bad allocation")
-
-
-def ran_out(e: BaseException) -> bool:
-    """Whether this error says that memory was not enough: on CUDA, MPS or the CPU."""
-    return isinstance(e, MemoryError | torch.OutOfMemoryError) or (isinstance(e, RuntimeError) and any(s in str(e).lower() for s in SAID))
 
 
 def halve(feed: Any, e: BaseException | None = None) -> str:
@@ -39,7 +33,7 @@ def try_longest(run: Run, policy: Policy, objective: Any, optimizer: Optimizer, 
     wrong is raised as it is. An evaluation takes the same micro-batches, without a backward."""
     if "rollouts" in objective.needs or objective.couples:
         return
-    batch = made_up(shape_of(as_long(run, longest), policy.base), policy.base, objective).to(policy.device)
+    batch = made_up(shape_of(as_long(run, longest), policy.base), policy.base, sharing(objective, run.place.sequence)).to(policy.device)
     delta = policy.delta
     policy.train()
     try:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from torch.overrides import TorchFunctionMode
 
-from . import attention
+from . import across, attention
 from .anatomy import attentions
 from .site import current
 
@@ -85,8 +85,12 @@ def attending(lm: Any, device: str) -> Iterator[None]:
 
     def within(own: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            with kernels:
-                return own(*args, **kwargs)
+            before = across.MEANT.set(device)
+            try:
+                with kernels:
+                    return own(*args, **kwargs)
+            finally:
+                across.MEANT.reset(before)
 
         return forward
 

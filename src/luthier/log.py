@@ -38,6 +38,19 @@ class Log:
             sink(-1, {})
 
 
+class Nowhere(Log):
+    """A log that writes nothing: of all ranks but the first."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / "metrics.jsonl"
+
+    def write(self, event: str, step: int, values: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def _tensorboard(folder: Path, name: str, config: dict[str, Any]) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter

@@ -11,7 +11,7 @@ from typing import Any
 
 from . import by_source
 from .by_name import open_task
-from .core import Batch, LuthierError, Objective, Row
+from .core import Batch, LuthierError, Objective, Row, spread, spread_answers
 from .data.answers import Renderer
 from .data.codec import Codec
 from .data.encode import hiding_of, render_labelled
@@ -191,7 +191,7 @@ class Scorer:
         else:
             starts = [r.ids[:24].tolist() for r in self.prepared.validation[:n] if len(r) > 24]
             stops = stop_ids(tokenizer, None)
-        rollout = self.policy.generate(starts, max_new=self.run.evaluate.sample_tokens, stop=stops)
+        rollout = spread_answers(self.policy, starts, max_new=self.run.evaluate.sample_tokens, stop=stops)
         return [
             {"prompt": tokenizer.decode(s), "answer": tokenizer.decode(ids, skip_special_tokens=True), "stopped": how}
             for s, ids, how in zip(starts, rollout.ids, rollout.stopped, strict=True)
@@ -306,8 +306,10 @@ def predict(policy: Policy, objective: Any, rows: Sequence[Row], *, tokens: int 
     training = policy.training
     policy.eval()
     try:
-        for some in group(rows, tokens, packed):
-            for row, said in zip(some, objective.predict(policy, to_device(objective.collate(some, pad=pad, packed=packed), policy)), strict=True):
+        groups = group(rows, tokens, packed)
+        one = lambda some: objective.predict(policy, to_device(objective.collate(some, pad=pad, packed=packed), policy))  # noqa: E731
+        for some, answers in zip(groups, spread(policy, groups, lambda part: [one(g) for g in part], "predictions"), strict=True):
+            for row, said in zip(some, answers, strict=True):
                 out[place[id(row)]] = said
     finally:
         policy.train(training)
@@ -422,7 +424,7 @@ def answer(
             say.tick(label, done, len(short) * samples)
 
     how |= {"stop": stop_ids(tokenizer, template, kind=kind), "numbers": [offset + i for i in short], "batch_rows": ANSWER_ROWS, "on_answers": tick}
-    rollout = policy.generate([ids[i] for i in short], max_new=max_new, samples=samples, **how)
+    rollout = spread_answers(policy, [ids[i] for i in short], max_new=max_new, samples=samples, **how)
     places = (i * samples + s for i in short for s in range(samples))
     for place, new, stopped in zip(places, rollout.ids, rollout.stopped, strict=True):
         out[place] |= {"answer": tokenizer.decode(new, skip_special_tokens=True).strip(), "stopped": stopped, "tokens": len(new)}

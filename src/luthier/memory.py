@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import build, counts, prepacked, saved
 from .anatomy import numbers
+from .context import Group, sharing
 from .core import Batch
 from .decoding import DecoderSteps, Seq2SeqSteps
 from .measure import ANSWER_ROWS
@@ -123,7 +124,8 @@ class Plan:
     def _training(self, run: Run, shape: Shape, device: str) -> Peak:
         """A micro-batch, forward and backward, recomputed or not as the model is set now."""
         policy = self.policy
-        batch, scored = batch_of(shape, policy.base, self.objective)
+        shared = run.place.context
+        batch, scored = batch_of(shape, policy.base, sharing(self.objective, Group(0, shared) if shared > 1 else None))
         ours = list(tensors_of(policy, self.optimizer))
         policy.train()
         return saved.count(policy, ours, device, lambda w: stepping(policy, self.objective, batch, w), scored=scored, once=self.stacks)

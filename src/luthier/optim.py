@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -22,9 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from .core import LuthierError, Method
+from .shards import cut, here, is_sharded, like, part_of, summed
 
 State = Literal["float32", "8bit", "paged-8bit"]
 FASTEST = 0.3  # of default learning rates
+ALIGNED = 64  # numbers: where a group's gradients begin in the one buffer, for kernels that read several at once
 SMALL = 4096  # a tensor of fewer numbers keeps its moments in float32, as in bitsandbytes
 
 
@@ -46,7 +48,18 @@ class _Group:
     slices: list[slice]
     lr_factor: float
     settings: dict[str, Any]  # of the optimizer that moves it
-    pieces: list[Tensor] | None  # moments in 8 bits: the master, one view a tensor
+    pieces: list[Tensor] | None  # the masters one by one, where moments are in 8 bits or the weights are sharded
+    coded: bool  # moments in 8 bits
+    cut: bool  # this rank holds a part of each: the masters are the parts themselves, and there is no flat one
+
+    def master_of(self, i: int) -> Tensor:
+        """What is moved of a tensor, flat."""
+        return self.master[self.slices[i]] if self.pieces is None else self.pieces[i]
+
+    def shaped(self, i: int, flat: Tensor) -> Tensor:
+        """Flat numbers in a tensor's shape; of one that is sharded, as its parts lie."""
+        p = self.params[i]
+        return like(flat.view(here(p).shape), p)
 
 
 def _collect(p: Tensor, name: str, into: Tensor | None, seen: set[str], fresh: set[str]) -> None:
@@ -85,39 +98,54 @@ class Optimizer:
         self.lr = lr
         self.seen: set[str] = set()  # names that have ever received a gradient
         self.fresh: set[str] = set()  # those that have since the last step
-        sorted_out: dict[tuple[float, float, bool], list[str]] = {}
+        sorted_out: dict[tuple[float, float, bool, bool], list[str]] = {}
         for name, p in params.items():
             rule = next((r for pattern, r in (patterns or {}).items() if re.search(pattern, name)), {})
             decay = weight_decay * rule.get("decay", 1.0) if p.ndim >= 2 else 0.0
             factor = rule["rate"] / lr if "rate" in rule else rule.get("lr", 1.0)
             small = state == "float32" or p.numel() < SMALL or name in precise
-            sorted_out.setdefault((factor, decay, not small), []).append(name)
-        self.groups = [self._group(names, [params[n] for n in names], *kind) for kind, names in sorted_out.items()]
-        device = self.groups[0].master.device.type
-        exact = [g.settings for g in self.groups if g.pieces is None]
-        coded = [g.settings for g in self.groups if g.pieces is not None]
-        self.adam = torch.optim.AdamW(exact, lr=lr, betas=betas, eps=eps, fused=device in ("cpu", "cuda")) if exact else None
+            if is_sharded(p) and state != "float32":
+                raise LuthierError(f"optim.state: {state} keeps moments by blocks of whole tensors, and this base is sharded over ranks; use float32")
+            sorted_out.setdefault((factor, decay, not small, is_sharded(p)), []).append(name)
+        self.names = frozenset(params)
+        sizes = {kind: -(-sum(here(params[n]).numel() for n in names) // ALIGNED) * ALIGNED for kind, names in sorted_out.items()}
+        self.groups = []
+        self.grads: list[Tensor] = []  # of the groups that every rank has whole, end to end: what ranks average. FSDP2 averages the others
+        for sharded in (False, True):
+            kinds = [kind for kind in sorted_out if kind[3] == sharded]
+            if not kinds:
+                continue
+            device = params[sorted_out[kinds[0]][0]].device
+            flat = torch.zeros(sum(sizes[k] for k in kinds), dtype=torch.float32, device=device)
+            self.grads += [] if sharded else [flat]
+            for kind, grad in zip(kinds, flat.split([sizes[k] for k in kinds]), strict=True):
+                self.groups.append(self._group(sorted_out[kind], [params[n] for n in sorted_out[kind]], grad, *kind))
+        device = self.groups[0].grad.device
+        exact = [g.settings for g in self.groups if not g.coded]
+        coded = [g.settings for g in self.groups if g.coded]
+        self.adam = torch.optim.AdamW(exact, lr=lr, betas=betas, eps=eps, fused=device.type in ("cpu", "cuda")) if exact else None
         self.adam8 = _adam8(coded, paged=state == "paged-8bit", lr=lr, betas=betas, eps=eps) if coded else None
 
-    def _group(self, names: list[str], params: list[nn.Parameter], lr_factor: float, decay: float, coded: bool) -> _Group:
-        ends = torch.tensor([p.numel() for p in params]).cumsum(0).tolist()
-        slices = [slice(e - p.numel(), e) for e, p in zip(ends, params, strict=True)]
-        device = params[0].device
-        master = torch.empty(ends[-1], dtype=torch.float32, device=device)
-        grad = torch.zeros_like(master)
+    def _group(self, names: list[str], params: list[nn.Parameter], grad: Tensor, lr_factor: float, decay: float, coded: bool, sharded: bool) -> _Group:
+        ends = torch.tensor([here(p).numel() for p in params]).cumsum(0).tolist()
+        slices = [slice(e - here(p).numel(), e) for e, p in zip(ends, params, strict=True)]
+        master, grad = torch.empty(0 if sharded else ends[-1], dtype=torch.float32, device=grad.device), grad[: ends[-1]]
         for name, p, s in zip(names, params, slices, strict=True):
-            master[s] = p.detach().flatten()
-            if p.dtype == torch.float32:
-                p.data = master[s].view(p.shape)
-                p.grad = grad[s].view(p.shape)
+            if sharded:
+                p.grad = like(grad[s].view(here(p).shape), p)
+            else:
+                master[s] = p.detach().flatten()
+                if p.dtype == torch.float32:
+                    p.data = master[s].view(p.shape)
+                    p.grad = grad[s].view(p.shape)
             p.register_post_accumulate_grad_hook(
                 partial(_collect, name=name, into=None if p.dtype == torch.float32 else grad[s], seen=self.seen, fresh=self.fresh)
             )
-        master.grad = grad
-        pieces = [master[s] for s in slices] if coded else None
+        master.grad = None if sharded else grad
+        pieces = [here(p).view(-1) for p in params] if sharded else [master[s] for s in slices] if coded else None
         for piece, s in zip(pieces or (), slices, strict=False):
             piece.grad = grad[s]
-        return _Group(names, params, master, grad, slices, lr_factor, {"params": pieces or [master], "weight_decay": decay}, pieces)
+        return _Group(names, params, master, grad, slices, lr_factor, {"params": pieces or [master], "weight_decay": decay}, pieces, coded, sharded)
 
     def set_lr(self, lr: float) -> None:
         """The learning rate of the next step, before the groups' factors."""
@@ -126,7 +154,9 @@ class Optimizer:
 
     def grad_norm(self) -> Tensor:
         """Euclidean norm over all gradients, a scalar tensor."""
-        return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.grad) for g in self.groups]))
+        norms = [torch.linalg.vector_norm(g.grad) for g in self.groups]
+        norms = [summed(n.square(), g.params[0]).sqrt() if g.cut else n for n, g in zip(norms, self.groups, strict=True)]
+        return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
 
     def scale_grads(self, by: Tensor | float) -> None:
         """Multiply all gradients."""
@@ -159,12 +189,18 @@ class Optimizer:
             if self.fresh.issuperset(g.names):
                 continue
             states = self._states(g)
-            for i, (name, s) in enumerate(zip(g.names, g.slices, strict=True)):
+            for i, name in enumerate(g.names):
                 if name not in self.fresh:
-                    out[f"master|{name}"] = g.master[s]
-                    moments = {k: states[0][k][s] for k in _EXACT if states[0]} if g.pieces is None else {k: states[i][k] for k in _CODED if states[i]}
+                    out[f"master|{name}"] = g.master_of(i)
+                    moments = {k: states[i][k] for k in _CODED if states[i]} if g.coded else self._exact(g, i)
                     out |= {f"{k}|{name}": t for k, t in moments.items()}
         return out
+
+    def learned_elsewhere(self, names: Iterable[Iterable[str]]) -> None:
+        """Names of tensors that got a gradient on some rank: they got one here too, once gradients are averaged."""
+        for some in names:
+            self.fresh.update(some)
+        self.seen |= self.fresh
 
     def zero_grad(self) -> None:
         """Forget all gradients."""
@@ -175,23 +211,23 @@ class Optimizer:
     @property
     def master_bytes(self) -> int:
         """Bytes of the masters."""
-        return sum(4 * g.master.numel() for g in self.groups)
+        return sum(4 * g.grad.numel() for g in self.groups)
 
     @property
     def state_bytes(self) -> int:
         """Bytes of what `state_dict` holds."""
-        exact = sum(8 * g.master.numel() for g in self.groups if g.pieces is None)
-        return self.master_bytes + exact + sum(2 * p.numel() + 8 * -(-p.numel() // 256) for g in self.groups for p in g.pieces or ())
+        exact = sum(8 * g.grad.numel() for g in self.groups if not g.coded)
+        return self.master_bytes + exact + sum(2 * p.numel() + 8 * -(-p.numel() // 256) for g in self.groups if g.coded for p in g.pieces or ())
 
     def masters(self) -> dict[str, Tensor]:
-        """fp32 values by name, as views in the parameters' shapes."""
-        return {n: g.master[s].view(p.shape) for g in self.groups for n, p, s in zip(g.names, g.params, g.slices, strict=True)}
+        """fp32 values by name, as views in the parameters' shapes; sharded ones as they lie over the ranks."""
+        return {n: g.shaped(i, g.master_of(i)) for g in self.groups for i, n in enumerate(g.names)}
 
     def load_masters(self, values: Mapping[str, Tensor]) -> None:
-        """Set what is trained, the 16-bit copies included."""
+        """Set what is trained, the 16-bit copies included. Of what is sharded: from tensors that lie over the ranks as `masters` do, or whole ones."""
         for g in self.groups:
-            for name, p, s in zip(g.names, g.params, g.slices, strict=True):
-                g.master[s] = values[name].to(g.master.device).flatten()
+            for i, (name, p, s) in enumerate(zip(g.names, g.params, g.slices, strict=True)):
+                g.master_of(i).copy_(self._part(values[name], p).flatten())
                 if p.dtype != torch.float32:
                     p.data.copy_(g.master[s].view(p.shape))
 
@@ -200,18 +236,33 @@ class Optimizer:
         tensors = {}
         for g in self.groups:
             states = self._states(g)
-            for i, (name, p, s) in enumerate(zip(g.names, g.params, g.slices, strict=True)):
-                tensors[f"master|{name}"] = g.master[s].view(p.shape)
-                if g.pieces is not None:  # codes are only there after a step
+            for i, name in enumerate(g.names):
+                tensors[f"master|{name}"] = g.shaped(i, g.master_of(i))
+                if g.coded:  # codes are only there after a step
                     tensors |= {f"{k}|{name}": states[i][k] for k in _CODED if states[i]}
                 else:
-                    tensors |= {f"{k}|{name}": states[0][k][s].view(p.shape) if states[0] else torch.zeros(p.shape) for k in _EXACT}
+                    there = self._exact(g, i) or dict.fromkeys(_EXACT, torch.zeros_like(g.master_of(i)))
+                    tensors |= {f"{k}|{name}": g.shaped(i, t) for k, t in there.items()}
         first = self._states(self.groups[0])[0]
         return tensors, {"step": float(first["step"]) if first else 0.0}
 
+    def _exact(self, g: _Group, i: int) -> dict[str, Tensor]:
+        """The moments of one tensor, flat; {} before the first step."""
+        states = self._states(g)
+        if g.cut:
+            return {k: states[i][k] for k in _EXACT} if states[i] else {}
+        return {k: states[0][k][g.slices[i]] for k in _EXACT} if states[0] else {}
+
+    @staticmethod
+    def _part(value: Tensor, p: Tensor) -> Tensor:
+        """What this rank holds of a value for ``p``."""
+        if is_sharded(p) and not is_sharded(value):
+            value = cut(value, *part_of(p))
+        return here(value).to(here(p).device)
+
     def _states(self, g: _Group) -> list[dict[str, Any]]:
         """What the optimizer keeps for each tensor it moves: one for a whole master, or one for each piece; {} before the first step."""
-        adam: Any = self.adam if g.pieces is None else self.adam8
+        adam: Any = self.adam8 if g.coded else self.adam
         return [adam.state.get(t, {}) for t in g.settings["params"]]
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
@@ -223,23 +274,25 @@ class Optimizer:
         self._same_state(tensors, scalars)
         self.load_masters({n: tensors[f"master|{n}"] for n in want})
         for g in self.groups:
-            if g.pieces is not None:
+            if g.coded:
                 self._load_coded(g, tensors, scalars)
                 continue
-            flat = {k: torch.cat([tensors[f"{k}|{n}"].flatten() for n in g.names]).to(g.master.device) for k in _EXACT}
-            # The fused kernel keeps its step count beside the moments, as a tensor.
-            step = torch.tensor(scalars["step"], device=g.master.device if g.master.device.type == "cuda" else "cpu")
-            assert self.adam is not None
-            self.adam.state[g.master] = {"step": step, **flat}
+            parts = [{k: self._part(tensors[f"{k}|{n}"], p).flatten() for k in _EXACT} for n, p in zip(g.names, g.params, strict=True)]
+            moments = parts if g.cut else [{k: torch.cat([part[k] for part in parts]) for k in _EXACT}]
+            for moved, both in zip(g.settings["params"], moments, strict=True):
+                # The fused kernel keeps its step count beside the moments, as a tensor.
+                step = torch.tensor(scalars["step"], device=moved.device if moved.device.type == "cuda" else "cpu")
+                assert self.adam is not None
+                self.adam.state[moved] = {"step": step, **both}
 
     def _same_state(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
         for g in self.groups:
-            keys = _EXACT if g.pieces is None else _CODED if scalars["step"] else ()
+            keys = _EXACT if not g.coded else _CODED if scalars["step"] else ()
             for name in g.names:
                 if any(f"{k}|{name}" not in tensors for k in keys):
-                    there, here = ("8 bits", "float32") if g.pieces is None else ("float32", "8 bits")
+                    there, now = ("8 bits", "float32") if not g.coded else ("float32", "8 bits")
                     raise LuthierError(
-                        f"this checkpoint keeps the moments of {name!r} in {there}, and this run keeps them in {here}; resume it with the optim.state it was "
+                        f"this checkpoint keeps the moments of {name!r} in {there}, and this run keeps them in {now}; resume it with the optim.state it was "
                         "trained with, on a machine that can keep that (CUDA and bitsandbytes for 8 bits)"
                     )
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from .shards import cut
+
 
 class PackedLinear(nn.Module):
     """y = x W^T + b with W (out, in) in codes. A kind of storage says how a weight is written and read; its tensors are buffers, which nothing trains.
@@ -28,6 +30,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.transposed = in_features, out_features, transposed  # transposed: it was a Conv1D, which keeps (in, out)
         self.bias = bias
+        self.cut_from: dict[str, torch.Size] = {}  # stored tensors of which only this rank's part is here, and their whole shapes
         self.register_buffer("resident", None, persistent=False)
 
     def write(self, weight: Tensor) -> None:
@@ -40,7 +43,15 @@ class PackedLinear(nn.Module):
 
     def stored(self) -> dict[str, Tensor]:
         """The codes and constants by name: what is written to a file, and what memory holds."""
-        return {n: b for n, b in self._buffers.items() if b is not None and n != "resident"}
+        held = (*self._buffers.items(), *self._parameters.items())  # parameters where the base is sharded
+        return {n: t for n, t in held if t is not None and n not in ("resident", "bias")}
+
+    def cut(self, index: int, count: int) -> None:
+        """Keep one of so many parts of what is stored, cut along the first dimension; what has none stays whole."""
+        for name, t in self.stored().items():
+            if t.dim():
+                self.cut_from[name] = t.shape
+                self._buffers[name] = cut(t, index, count)
 
     @property
     def count(self) -> int:

@@ -13,10 +13,12 @@ from torch.utils.checkpoint import checkpoint
 
 from . import attention, decoding, generation, prepacked, standin
 from .anatomy import trunk
-from .core import Base, Batch, Delta, Incompatible, LuthierError, Method, Objective, Rollout, Stream
+from .core import Base, Batch, Delta, Incompatible, LuthierError, Method, Objective, Place, Rollout, Stream
+from .device import Alone
 from .graph import recorded
 from .nn.logprob import chunks, linear_logp, shape_logits
 from .prompts import Longer, make_room, put_in
+from .sharding import sharding_of
 from .site import Frame, clean_name, members, sites, using
 
 
@@ -34,6 +36,7 @@ class Policy(nn.Module):
         self.lm = base.model
         self.heads = nn.ModuleDict(heads or {})
         self.base, self.method, self.name = base, method, name
+        self.place: Place = Alone()  # type: ignore[assignment]  # what ranks there are, once it was put
         self.objective: Objective | None = None  # what it was trained with, where that is known: it reads the heads
         self.deltas: dict[str, Delta] = {}
         self.active: str | None = None
@@ -74,6 +77,11 @@ class Policy(nn.Module):
     def device(self) -> torch.device:
         """Where the model is."""
         return next(self.lm.parameters()).device
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the base lies over the ranks, so that all of them have to run the same forwards."""
+        return sharding_of(self.lm) is not None
 
     @property
     def limit(self) -> int:
@@ -275,7 +283,12 @@ class Policy(nn.Module):
             self.train(training)
 
     def keep_copy(self) -> None:
-        """Keep the whole model as it is now, for `reference`."""
+        """Keep the whole model as it is now, for `reference`. Raises Incompatible for one that is sharded."""
+        if self.sharded:
+            raise Incompatible(
+                "the reference of a method that trains every weight is a copy of the base, and this base is sharded over ranks, which a copy is not; use "
+                "place.shard=none, or a method whose delta is switched off (lora)"
+            )
         kept = copy.deepcopy(self.lm).requires_grad_(False).eval()
         self._copy = [kept]
 

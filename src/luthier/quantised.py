@@ -75,11 +75,11 @@ class _Waiting(nn.Module):
 
 @register_quantization_config(NAME)
 class _Settings(QuantizationConfigMixin):  # type: ignore[misc]
-    """Carries a precision through transformers' loader."""
+    """Carries a precision, or how the weights are laid out over ranks, through transformers' loader."""
 
-    def __init__(self, precision: Any = None, files: Any = None, **_: Any):
+    def __init__(self, precision: Any = None, files: Any = None, sharding: Any = None, **_: Any):
         self.quant_method = NAME
-        self.precision, self.files = precision, files
+        self.precision, self.files, self.sharding = precision, files, sharding
         self.trouble: list[str] = []
 
     def to_dict(self) -> dict[str, Any]:
@@ -89,8 +89,8 @@ class _Settings(QuantizationConfigMixin):  # type: ignore[misc]
 class _Quantise(ConversionOps):  # type: ignore[misc]
     """One weight on its way from the file: written into its packed linear; an empty tensor takes its place."""
 
-    def __init__(self, trouble: list[str]):
-        self.trouble = trouble  # transformers keeps the message of an error in a conversion to itself
+    def __init__(self, trouble: list[str], sharding: Any):
+        self.trouble, self.sharding = trouble, sharding  # transformers keeps the message of an error in a conversion to itself
 
     def convert(self, input_dict: dict[str, Any], model: Any = None, **_: Any) -> dict[str, Tensor]:
         out = {}
@@ -102,6 +102,8 @@ class _Quantise(ConversionOps):  # type: ignore[misc]
                     if weight.shape != waiting.weight.shape:
                         raise LuthierError(f"the file holds shape {tuple(weight.shape)}, and config.json says {tuple(waiting.weight.shape)}")
                     waiting.made.write(weight.t() if waiting.made.transposed else weight)
+                    if self.sharding is not None:
+                        waiting.made.cut(*self.sharding.part)
                 except LuthierError as e:
                     self.trouble.append(f"{name}: {e}")
                     raise
@@ -115,17 +117,22 @@ class _Quantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
         settings: Any = self.quantization_config
+        if settings.precision is None:
+            settings.sharding.lay_out(model)
+            return model
         coded = settings.files is not None
         found = _held(model, settings.files) if coded else linears(model, Anatomy.of(model)).items()
         replace(model, {path: _Waiting(linear, settings.precision, coded=coded) for path, linear in list(found)})
         return model
 
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
+        if self.quantization_config.precision is None:
+            return False
         path, dot, leaf = param_name.rpartition(".")
         return leaf == "weight" and bool(dot) and isinstance(model.get_submodule(path), _Waiting)
 
     def get_quantize_ops(self) -> ConversionOps:
-        return _Quantise(self.quantization_config.trouble)
+        return _Quantise(self.quantization_config.trouble, self.quantization_config.sharding)
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         return False
@@ -135,17 +142,39 @@ class _Quantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
-def open_model(kind: Any, folder: Path, config: Any, precision: Any, **how: Any) -> tuple[Any, dict[str, Any]]:
-    """(model with packed linears, transformers' loading info) from a folder of floats, or of codes of this precision (see `as_stored`)."""
+def open_model(kind: Any, folder: Path, config: Any, precision: Any, *, sharding: Any = None, **how: Any) -> tuple[Any, dict[str, Any]]:
+    """(model with packed linears, transformers' loading info) from a folder of floats, or of codes of this precision (see `as_stored`).
+
+    ``sharding``: of each weight that is quantised, keep this rank's part of the codes.
+    """
     files = Files(folder) if stored_in(folder) is not None else None
+    lm, info = _through(_Settings(precision, files, sharding), kind, folder, config, precision.dtype, how)
+    waiting = {p: m for p, m in lm.named_modules() if isinstance(m, _Waiting)}
+    replace(lm, {p: m.done() for p, m in waiting.items()})
+    if files is not None:
+        info["missing_keys"] = set(info["missing_keys"]) - {f"{p}.weight" for p in waiting}
+    if files is not None:
+        with files:
+            stacks = tuple(f"{path}." for path in Anatomy.of(lm).stacks.values())
+            for path, linear in packed(lm):
+                _fill(linear, path, files)
+                if sharding is not None and path.startswith(stacks):
+                    linear.cut(*sharding.part)
+    return lm, info
+
+
+def open_sharded(kind: Any, folder: Path, config: Any, dtype: torch.dtype, sharding: Any, **how: Any) -> tuple[Any, dict[str, Any]]:
+    """(model of which this rank holds its parts, transformers' loading info) from a folder of floats: laid out on meta, so only its parts are read."""
+    return _through(_Settings(sharding=sharding), kind, folder, config, dtype, how)
+
+
+def _through(settings: _Settings, kind: Any, folder: Path, config: Any, dtype: torch.dtype, how: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A model read by transformers' loader, which asks our quantiser before and while it reads."""
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
         if hasattr(part, "quantization_config"):
             del part.quantization_config
-    settings = _Settings(precision, files)
     try:
-        lm, info = kind.from_pretrained(
-            folder, config=config, dtype=precision.dtype, quantization_config=settings, use_safetensors=True, output_loading_info=True, **how
-        )
+        lm, info = kind.from_pretrained(folder, config=config, dtype=dtype, quantization_config=settings, use_safetensors=True, output_loading_info=True, **how)
     except Exception:
         if settings.trouble:
             raise LuthierError(f"{folder}: {settings.trouble[0]}") from None
@@ -154,14 +183,6 @@ def open_model(kind: Any, folder: Path, config: Any, precision: Any, **how: Any)
         if hasattr(part, "quantization_config"):
             del part.quantization_config
     lm.hf_quantizer, lm.is_quantized = None, False  # it is ours from here on
-    waiting = {p: m for p, m in lm.named_modules() if isinstance(m, _Waiting)}
-    replace(lm, {p: m.done() for p, m in waiting.items()})
-    if files is not None:
-        info["missing_keys"] = set(info["missing_keys"]) - {f"{p}.weight" for p in waiting}
-    if files is not None:
-        with files:
-            for path, linear in packed(lm):
-                _fill(linear, path, files)
     return lm, info
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from .context import splitting
 from .core import Base, LuthierError
 from .data.feed import Batches
 from .data.kept import prepare_or_read
@@ -169,7 +170,7 @@ def batches_of(run: Run, prepared: Prepared, objective: Any, *, pad: int, packed
     o = run.optim
     return Batches(
         prepared.train,
-        objective.collate,
+        splitting(objective.collate, run.place.sequence),
         order=order_of(run, prepared) if order is None else order,
         pad=pad,
         packed=packed,
@@ -179,8 +180,8 @@ def batches_of(run: Run, prepared: Prepared, objective: Any, *, pad: int, packed
         epochs=o.epochs,
         steps=o.steps,
         seed=run.seed,
-        rank=run.place.rank,
-        size=run.place.size,
+        rank=run.place.lane,
+        size=run.place.lanes,
     )
 
 

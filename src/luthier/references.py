@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from . import atomic
-from .core import Delta, Incompatible, Row, example_logps, examples_of, next_token_batch
+from .core import Delta, Incompatible, Row, example_logps, examples_of, next_token_batch, spread
 from .data.prepare import Prepared
 from .measure import group
 from .policy import Policy
@@ -61,13 +61,13 @@ def known_logps(
     """Log-probability of each example's trained tokens before training, by `digest`, from disk where it is known; and how many were, in words."""
     which = identity(policy, started)
     where = None if which is None else folder / which
-    known = _read(where)
+    known = policy.place.share(_read(where), "what is known of the reference")  # one look at the disk, so that all ranks agree on what is missing
     wanted = {digest(e): e for e in examples}
     missing = {k: e for k, e in wanted.items() if k not in known}
     if missing:
         with as_it_was(policy, started):
             known |= dict(zip(missing, logps(policy, list(missing.values()), tokens=tokens, packed=packed, tick=tick), strict=True))
-        if where is not None:
+        if where is not None and policy.place.leads:
             _write(where, known)
     kept = f", kept in {where}" if where is not None else ""
     return known, f"{len(wanted):,} answers: {len(wanted) - len(missing):,} known, {len(missing):,} computed{kept}"
@@ -92,14 +92,21 @@ def logps(policy: Policy, examples: Sequence[Row], *, tokens: int, packed: bool,
     """Log-probability of each example's answer under what serves now, in their order; in forwards of about ``tokens`` positions."""
     place = {id(e): i for i, e in enumerate(examples)}
     out = [0.0] * len(examples)
-    done = 0
-    for some in group(examples, tokens, packed):
-        batch = next_token_batch(some, pad=policy.pad, packed=packed).to(policy.device)
-        for e, logp in zip(some, example_logps(policy, batch)[0].tolist(), strict=True):
+    groups, size = group(examples, tokens, packed), policy.place.size
+
+    def work(some: Sequence[list[Row]]) -> list[list[float]]:
+        done, got = 0, []
+        for g in some:
+            batch = next_token_batch(g, pad=policy.pad, packed=packed).to(policy.device)
+            got.append(example_logps(policy, batch)[0].tolist())
+            done += len(g)
+            if tick is not None:
+                tick(min(done * size, len(examples)), len(examples))
+        return got
+
+    for g, found in zip(groups, spread(policy, groups, work, "reference log-probabilities"), strict=True):
+        for e, logp in zip(g, found, strict=True):
             out[place[id(e)]] = logp
-        done += len(some)
-        if tick is not None:
-            tick(done, len(examples))
     return out
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from . import atomic, references
-from .core import Incompatible, LuthierError, Objective, Row
+from .core import Incompatible, LuthierError, Objective, Row, spread_answers
 from .data.feed import Batches
 from .data.formats import Bad, read_file
 from .data.prepare import Prepared
@@ -132,6 +132,7 @@ def steady(run: Run, policy: Policy, sources: tuple[str, ...], tokens: int, *, p
     learner = text_objective.Objective()
     rows = read(run, policy, sources, learner, say=say).train
     how: dict[str, Any] = {"pad": policy.pad, "packed": packed, "micro_tokens": run.optim.micro_tokens, "seed": run.seed}
+    how |= {"rank": run.place.rank, "size": run.place.size}
     return Batches(rows, learner.collate, batch_tokens=tokens, steps=10**9, **how)
 
 
@@ -153,13 +154,14 @@ def written_by_base(run: Run, policy: Policy, *, folder: Path, say: Say, tick: T
     which = references.identity(policy, started)
     name = hashlib.blake2b(repr((count, length, run.seed)).encode(), digest_size=6).hexdigest()
     file = None if which is None else folder / which / f"{name}.jsonl"
-    ids = _known(file, count)
+    ids = policy.place.share(_known(file, count), "texts that are known")
     known = ids is not None
     if ids is None:
         starts = _beginnings(policy, count, run.seed)
         stop = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         with references.as_it_was(policy, started):
-            got = policy.generate(
+            got = spread_answers(
+                policy,
                 starts,
                 max_new=length - 1,
                 temperature=1.0,
@@ -168,7 +170,7 @@ def written_by_base(run: Run, policy: Policy, *, folder: Path, say: Say, tick: T
                 on_answers=lambda done: tick("texts written by the base, to be replayed", done, count),
             )
         ids = [[*s, *new] for s, new in zip(starts, got.ids, strict=True)]
-        if file is not None:
+        if file is not None and policy.place.leads:
             file.parent.mkdir(parents=True, exist_ok=True)
             atomic.text(file, "".join(json.dumps({"ids": i, "text": tokenizer.decode(i)}, ensure_ascii=False) + "\n" for i in ids))
     where = "" if file is None else f" {'found' if known else 'kept'} in {file}"

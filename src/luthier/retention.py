@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .core import LuthierError, Objective, Row, next_token_batch, scored
+from .core import LuthierError, Objective, Row, next_token_batch, scored, spread
 from .data.codec import Codec
 from .divergence import Moved, said, states
 from .errors import ConfigError
@@ -74,17 +74,22 @@ def is_right(policy: Policy, facts: Sequence[Fact]) -> list[bool]:
     training = policy.training
     policy.eval()
     try:
-        for some in group(rows, 8192, policy.base.packs):
-            batch = to_device(next_token_batch(some, pad=policy.pad, packed=policy.base.packs), policy)
-            assert batch.targets is not None
-            _, target_N, example_N = scored(batch, batch.targets[..., None])
-            likeliest_N = torch.cat([logp_nV.argmax(-1) for logp_nV in said(policy, states(policy, batch))])
-            wrong = set(example_N[likeliest_N != target_N].tolist())
+        groups = group(rows, 8192, policy.base.packs)
+        for some, wrong in zip(groups, spread(policy, groups, lambda part: [_wrong(policy, g) for g in part], "facts"), strict=True):
             for s, row in enumerate(some):
                 out[row.extras["place"]] = s not in wrong
     finally:
         policy.train(training)
     return out
+
+
+def _wrong(policy: Policy, rows: list[Row]) -> set[int]:
+    """The rows of a batch of which the likeliest next tokens are not all the trained ones."""
+    batch = to_device(next_token_batch(rows, pad=policy.pad, packed=policy.base.packs), policy)
+    assert batch.targets is not None
+    _, target_N, example_N = scored(batch, batch.targets[..., None])
+    likeliest_N = torch.cat([logp_nV.argmax(-1) for logp_nV in said(policy, states(policy, batch))])
+    return set(example_N[likeliest_N != target_N].tolist())
 
 
 @dataclass

@@ -15,7 +15,7 @@ from . import voices
 from .core import Answer, LuthierError, Row
 from .data.prepare import Prepared
 from .data.render import stop_ids
-from .data.rollout import Rollouts, Sampling, read, sample
+from .data.rollout import Rollouts, Sampling, answered
 from .decoding import cache_tokens
 from .evaluate import Score
 from .nn import intervals
@@ -98,10 +98,9 @@ def held_out(run: Run, policy: Policy, judge: Judge, prompts: Sequence[Row], *, 
     policy.eval()
     try:
         how = replace(sampling(run, policy), seed=run.seed + 7919)  # other random numbers than training's
-        answers = sample(policy, prompts, 1, how, numbers=range(len(prompts)))
-        judge(answers)
-        layout: dict[str, Any] = {"pad": policy.pad, "packed": packed, "tokens": run.optim.micro_tokens, "start": how.start}
-        read(policy, answers, objective.reads & {"reference"}, temperature=objective.temperature, **layout)
+        layout: dict[str, Any] = {"pad": policy.pad, "packed": packed, "tokens": run.optim.micro_tokens, "temperature": objective.temperature}
+        wants = objective.reads & {"reference"}
+        answers, _ = answered(policy, prompts, 1, how, judge, numbers=range(len(prompts)), wants=wants, layout=layout)
     finally:
         policy.train(training)
     columns: dict[str, list[float]] = {"reward": [a.score for a in answers]}

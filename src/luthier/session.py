@@ -19,6 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -29,8 +30,10 @@ from . import (
     build,
     checkpoint,
     config,
+    context,
     counts,
     difficulty,
+    elastic,
     fitting,
     forgetting,
     headroom,
@@ -51,11 +54,13 @@ from .data.prepare import Prepared
 from .data.replay import Beside
 from .data.rollout import Rollouts
 from .data.rows import sides
+from .device import ran_out
 from .errors import Interrupted
 from .evaluate import Score
 from .familiarity import Familiarity
 from .foresight import Foresight, as_long, foresee, is_long
-from .log import Log
+from .launched import launched
+from .log import Log, Nowhere
 from .measure import Measures, Scorer
 from .memory import resident
 from .nn.schedule import factor
@@ -119,18 +124,23 @@ def execute(
 
     Raises LuthierError for what the user can put right, Interrupted after Ctrl-C.
     """
-    say, asked, program = reporter or Reporter(), run, resident()
+    say, asked, program = reporter or Reporter(quiet=not launched().leads), run, resident()
     run, notes = build.resolve(run)
+    run.place.start()
+    if resume is None:
+        resume = run.place.share(elastic.interrupted(asked) if run.place.leads else None, "the folder to go on in")
+        notes += [] if resume is None else [f"this launch was started again: going on in {resume}"]
     for note in notes:
         say.note(note)
     forgetting.check(run)
     difficulty.check(run)
+    context.check(run)
     state = _state(run, resume, accept_changes, say)
     build.seed_everything(run.seed)  # random weights are drawn while the model is made
     if run.place.ceiling is not None and getattr(run.precision, "resident", "") == "auto":
         run = replace(run, precision=replace(run.precision, resident="no"))
         say.note("precision.resident=no: decoded weights are not kept in memory beside the codes, because place.memory limits it")
-    base = build.load(run.model, precision=run.precision, device=run.place.device, trains_base=run.method.edits == "weights")
+    base = build.open_base(run)
     if base.tokenizer is None:
         build.load_tokenizer(run.model)  # says what is missing
     say.base(base)
@@ -138,15 +148,21 @@ def execute(
         vocabulary.extend(base, run.tokens)
         say.note(f"{len(run.tokens)} tokens added to the vocabulary: {', '.join(run.tokens)}")
     room = min(base.max_positions, base.tokenizer.model_max_length) - getattr(run.method, "shift", 0)
-    prepared = read(run, base.tokenizer, positions=room, say=say.note, form=form_of(base))
+    prepared = elastic.in_turn(run.place, lambda: read(run, base.tokenizer, positions=room, say=say.note, form=form_of(base)), "data")
     run = fitted(run, prepared)
     if resume is None:
-        run = _in_memory(run, base, prepared, program, say)
-    folder = resume or _new_folder(run)
+        fit = run.place.share(_in_memory(run, base, prepared, program, say) if run.place.leads else run, "what fits in memory")
+        run = replace(run, optim=fit.optim, recompute=fit.recompute)
+    folder = resume or run.place.share(_new_folder(run) if run.place.leads else Path(), "the folder of the run")
+    if resume is None and run.place.leads:
+        elastic.remember(asked, folder)
+    elastic.all_see(run.place, folder)
     try:
         session = Session(run, folder, base, prepared, say, asked, program)
         return session.go(state)
     except BaseException as e:
+        if not run.place.leads:
+            raise
         if resume is None and not checkpoint.steps(folder):  # nothing half-written stays
             shutil.rmtree(folder, ignore_errors=True)
         elif (folder / recording.FACTS).is_file():
@@ -176,6 +192,7 @@ class Session:
 
     def __init__(self, run: Run, folder: Path, base: Any, prepared: Prepared, say: Reporter, asked: Run, program: int):
         self.folder, self.base, self.prepared, self.say, self.asked, self.program = folder, base, prepared, say, asked, program
+        self.place, self.leads = run.place, run.place.leads  # the first rank writes and speaks; all others do the same and keep silent
         self.policy, self.objective = build.assemble(run, base)
         lr, why = (run.optim.lr, "as asked") if run.optim.lr is not None else default_lr(run.method, base.width)
         self.packed = base.packs and run.data.pack != "no"
@@ -259,18 +276,21 @@ class Session:
             self._check_disk()
         self._write_settings()
         told = {"steps": self.steps, "packed": self.packed, "learning_rate": self.why_lr}
-        foresight = self._foresee()
+        foresight = self._foresee() if self.leads else None
         told |= foresight.facts() if foresight is not None else {}
-        recording.begin(self.folder, self.asked, self.run, self.policy, self.prepared.train, self.prepared.facts, **told)
+        if self.leads:
+            recording.begin(self.folder, self.asked, self.run, self.policy, self.prepared.train, self.prepared.facts, **told)
         if state is not None:
             checkpoint.restore(state, self.policy, self.optimizer, self.feed)
             self.progress = Progress(**state.facts["progress"])
             self.say.note(f"resuming after step {self.progress.step} of {self.steps}")
-        log = Log(self.folder, self.run.log.to, name=self.folder.name, config=config.plain(self.run), after=None if state is None else self.progress.step)
+        log = self._log(None if state is None else self.progress.step)
         if state is not None:
+            self.place.wait("the log of earlier steps")
             self.watch = Watch.before(log.path, self.progress.step)
             if self.familiarity is not None:
                 self.familiarity.recall(log.path, self.progress.step)
+            self.place.wait("the log of earlier steps")
         try:
             if state is None:
                 before = self._measure(tasks=True)
@@ -291,8 +311,15 @@ class Session:
         result = self._result(after, self.folder / adapter.writes(self.policy.method))
         if foresight is not None and (said := foresight.against(peak=result.peak_bytes, training=result.seconds, steps=result.steps)):
             self.say.note(said)
-        _report(self.folder, self.say)
+        if self.leads:
+            _report(self.folder, self.say)
         return result
+
+    def _log(self, after: int | None) -> Log:
+        """Where numbers go: of the first rank."""
+        if not self.leads:
+            return Nowhere(self.folder)
+        return Log(self.folder, self.run.log.to, name=self.folder.name, config=config.plain(self.run), after=after)
 
     def _foresee(self) -> Foresight | None:
         """What the run will take, where it is long enough for that to be worth a moment."""
@@ -312,11 +339,13 @@ class Session:
         bad_in_a_row = 0
         ours, how = (self.policy, self.against.objective, self.feed, self.optimizer), {"lr": rate, "steps": self.steps, "clip": o.clip, "place": self.run.place}
         self._try_longest()
-        loop = train(*ours, start=p.step, **how)
-        with _interrupts() as asked, self.say.training(self.steps, p.step) as bar:
+        with _interrupts(self.leads) as asked, self.say.training(self.steps, p.step) as bar:
+            how["signals"] = lambda: {"asked": float(asked()), "over": float(self._over())}
+            loop = train(*ours, start=p.step, **how)
             while True:
                 before = {} if self.halved else self.feed.state_dict()
                 began = time.perf_counter()
+                self._draw_apart(p.step)
                 try:
                     step = next(loop, None)
                 except (RuntimeError, MemoryError) as e:
@@ -340,13 +369,13 @@ class Session:
                 if not unseen:
                     watch.check(step.step, last=step.step == self.steps)
                 last = step.step == self.steps
-                if not (last or self.halved) and (ceiling := self.run.place.ceiling) is not None and (peak := peak_bytes(self.run.place.device)) > ceiling:
-                    self._halve(None, f"{_bytes(peak)} were taken where place.memory is {_bytes(ceiling)}")
+                if not (last or self.halved) and step.signals["over"]:
+                    self._halve(None, f"{_bytes(peak_bytes(self.place.device))} were taken where place.memory is {_bytes(self.place.ceiling or 0)}")
                 if step.step % (self.run.evaluate.every_steps or 1) == 0 or last:
                     self._evaluate(step, log)
-                if step.step % (self.run.checkpoint.every_steps or 1) == 0 or last or asked() or self.stopped:
+                if step.step % (self.run.checkpoint.every_steps or 1) == 0 or last or step.signals["asked"] or self.stopped:
                     self._save()
-                if asked():
+                if step.signals["asked"]:
                     raise Interrupted(f"stopped after step {p.step} of {self.steps}, everything is saved; go on with: luthier train --resume {self.folder}")
                 if self.stopped:
                     break
@@ -355,15 +384,26 @@ class Session:
         """On a GPU, and under a ceiling, memory runs out now rather than in the third hour."""
         if self.progress.step or (self.run.place.device.type != "cuda" and self.run.place.ceiling is None):
             return
-        longest = self.prepared.facts.get("longest")
+        longest, failed = self.prepared.facts.get("longest"), None
         try:
             headroom.try_longest(self.run, self.policy, self.objective, self.optimizer, longest, self.steps)
         except (RuntimeError, MemoryError) as e:
-            self._halve(e)
+            failed = e
+        if self.place.mean(float(failed is not None)):
+            self._halve(failed or MemoryError("memory ran out on another rank"))
+
+    def _over(self) -> bool:
+        """Whether this rank has taken more memory than it may."""
+        return (ceiling := self.place.ceiling) is not None and peak_bytes(self.place.device) > ceiling
+
+    def _draw_apart(self, step: int) -> None:
+        """Chance inside the model (dropout) is another on every rank, and depends on nothing but seed, step and rank, so that a run goes on the same."""
+        if self.place.size > 1:
+            torch.manual_seed(int(np.random.SeedSequence([self.run.seed, step, self.place.rank]).generate_state(1, np.uint64)[0] >> 1))
 
     def _halve(self, e: BaseException | None, why: str = "memory ran out") -> None:
         """Smaller micro-batches, once; raises what is no want of memory, and the second time."""
-        if e is not None and (self.halved or not headroom.ran_out(e)):
+        if e is not None and (self.halved or not ran_out(e)):
             raise e
         self.say.warn(f"{why}: {headroom.halve(self.feed, e)}")
         self.halved = True
@@ -462,11 +502,12 @@ class Session:
     def _finish(self, log: Log) -> Measures:
         p = self.progress
         if self.run.evaluate.best and p.best_step and p.best_step != p.step:
+            self.place.wait("the best weights")
             self.optimizer.load_masters(adapter.read_tensors(self.folder / "best" / "masters.safetensors"))
             self.say.note(f"kept the weights of step {p.best_step}, the best on validation")
         after = self._measure(tasks=True)
         log.write("after", p.step, after.numbers())
-        if self.watch.rollouts and not rollouts.draw(self.watch.rollouts, self.folder / "rollouts.png"):
+        if self.leads and self.watch.rollouts and not rollouts.draw(self.watch.rollouts, self.folder / "rollouts.png"):
             self.say.note("matplotlib is not installed (pip install 'luthier[plots]'), so rollouts.png was not drawn; its numbers are in metrics.jsonl")
         facts = {"run": config.plain(self.run), "steps": p.step, "tokens": p.tokens, "seconds": round(p.seconds, 1), "before": p.before, "after": asdict(after)}
         if self.mixture is not None:
@@ -475,7 +516,11 @@ class Session:
         if replayed := forgetting.replayed(self.feed):
             facts["replayed"] = replayed
         facts["alarms"] = [asdict(a) for a in self.alarms.raised]
+        if self.place.size > 1:
+            facts["ranks"] = {"size": self.place.size, "traffic_bytes": dict(self.place.traffic)}
         extra = {"training": facts, remembered.KEY: remembered.told(self.policy, self.run.model.template)}
+        if not self.leads:
+            return after
         adapter.save(self.policy, self.folder / adapter.writes(self.policy.method), objective=self.objective, extra=extra)
         trained, whole = counts.total(self.policy)
         best = {"trained": trained, "total": whole, "peak_bytes": peak_bytes(self.run.place.device), "best_step": self._best(), "stopped": self.stopped}
@@ -485,21 +530,23 @@ class Session:
     # --- pieces -------------------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
+        if not self.leads:
+            return
         self.progress.alarms = self.alarms.kept()
         facts = {"progress": asdict(self.progress), "run": config.plain(self.run), "digest": config.digest(self.run), "luthier": __version__}
         checkpoint.save(self.folder, self.progress.step, self.policy, self.optimizer, self.feed, keep=self.run.checkpoint.keep, facts=facts)
 
     def _keep_best(self) -> None:
-        if self.run.evaluate.best:
+        if self.run.evaluate.best and self.leads:
             with atomic.folder(self.folder / "best") as new:
                 save_file({k: v.to("cpu").contiguous() for k, v in self.optimizer.masters().items()}, new / "masters.safetensors")
 
     def _samples(self, step: int) -> int | None:
         """Answer the fixed prompts and append them to samples.jsonl; how many stopped by themselves, None where there are none."""
         rows = self.scorer.samples()
-        with (self.folder / "samples.jsonl").open("a", encoding="utf-8") as f:
-            for row in rows:
-                f.write(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n")
+        if self.leads:
+            with (self.folder / "samples.jsonl").open("a", encoding="utf-8") as f:
+                f.writelines(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows)
         self.say.samples(rows)
         return sum(r["stopped"] == "stop" for r in rows) if rows and self.objective.renders == "chat" else None
 
@@ -516,6 +563,8 @@ class Session:
         return before + 1
 
     def _check_disk(self) -> None:
+        if not self.leads:
+            return
         one = checkpoint.size(self.policy, self.optimizer)
         best = self.optimizer.master_bytes
         need = one * (self.run.checkpoint.keep + 1) + 2 * best
@@ -528,6 +577,8 @@ class Session:
             )
 
     def _write_settings(self) -> None:
+        if not self.leads:
+            return
         atomic.text(self.folder / "run.yaml", config.dump(self.run))
         versions = {m: sys.modules[m].__version__ for m in ("torch", "transformers", "safetensors", "tokenizers", "numpy") if m in sys.modules}
         atomic.as_json(
@@ -657,7 +708,7 @@ def _new_folder(run: Run) -> Path:
 
 
 @contextmanager
-def _interrupts() -> Iterator[Callable[[], bool]]:
+def _interrupts(says: bool) -> Iterator[Callable[[], bool]]:
     """Ctrl-C and SIGTERM are asked for, not thrown: the step in hand is finished first. A second Ctrl-C stops at once."""
     flag: list[int] = []
 
@@ -665,7 +716,8 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
         if flag and number == signal.SIGINT:
             raise KeyboardInterrupt
         flag.append(number)
-        print("\nfinishing this step and saving; Ctrl-C again stops at once", file=sys.stderr)
+        if says:
+            print("\nfinishing this step and saving; Ctrl-C again stops at once", file=sys.stderr)
 
     try:
         old = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -688,6 +740,7 @@ def _line(step: Step, took: float) -> dict[str, Any]:
     }
     if len(step.terms) > 1:
         out |= {f"loss_{k}": v for k, v in step.terms.items()}
+    out |= {"traffic_bytes": step.traffic} if step.traffic else {}
     out |= step.metrics | {"seconds": round(took, 4), "tokens_per_second": round(step.tokens / took, 1), "memory_bytes": peak_bytes(torch.device("cpu"))}
     return out if step.finite else out | {"skipped": True, "where": list(step.where)}
 

@@ -127,8 +127,18 @@ Usage: luthier VERB [ARGUMENTS]        luthier VERB --help says what a verb take
 
 
 def _say(sentence: str, code: int) -> int:
-    print(f"error: {sentence}" if code != 130 else sentence, file=sys.stderr)
+    if _speaks(sentence):
+        print(f"error: {sentence}" if code != 130 else sentence, file=sys.stderr, flush=True)
     return code
+
+
+def _speaks(sentence: str) -> bool:
+    """Whether it is this process that says it: of several that torchrun started, the first to fail."""
+    if int(os.environ.get("WORLD_SIZE") or 1) == 1:
+        return True
+    from ..ranks import first_to_say
+
+    return first_to_say(sentence)
 
 
 def _unknown(verb: str) -> NoReturn:

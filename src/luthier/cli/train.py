@@ -55,9 +55,10 @@ def command(
             raise ConfigError(f"{resume}: no run.yaml here, so it is no run folder; runs are in runs/")
     run = load_run(file, settings)
 
+    from ..launched import launched
     from ..progress import Reporter
 
-    reporter = Reporter(quiet=quiet)
+    reporter = Reporter(quiet=quiet or not launched().leads)
     if dry_run:
         _count(run, reporter)
         return
@@ -80,9 +81,13 @@ def _say_next(run: Run, where: Path, reporter: Reporter) -> None:
 
 def _train_stages(file: str, settings: list[str], resume: Path | None, stage: str | None, accept_changes: bool, dry_run: bool, quiet: bool) -> None:
     """A run file with stages: all of them, or one; and one report over all."""
+    from ..errors import LuthierError
+    from ..launched import launched
     from ..progress import Reporter
     from ..stages import load_stages
 
+    if launched().size > 1:
+        raise LuthierError(f"{file}: a file with stages is trained by one process; make each stage a run file of its own to train it with torchrun")
     stages = load_stages(file, settings)
     reporter = Reporter(quiet=quiet)
     if dry_run:

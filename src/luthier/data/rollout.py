@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import Answer, Batch, LuthierError, Policy, Rewarded, Row, answered_batch, scored, token_values
+from ..core import Answer, Batch, LuthierError, Policy, Rewarded, Row, answered_batch, scored, spread, token_values
 from ..nn.rewarded import correlation, divergence, repetition
 from .feed import Batches
 from .replay import counted_as
@@ -75,6 +75,43 @@ def _said(prompt: Row, ids: Sequence[int], how: Sampling) -> str:
         if whole.startswith(before):  # some tokenizers leave the first space of a text out, so the answer alone would lose it
             return whole[len(before) :]
     return how.decode(ids).strip()
+
+
+def answered(
+    policy: Policy,
+    prompts: Sequence[Row],
+    samples: int,
+    how: Sampling,
+    judge: Judge,
+    *,
+    numbers: Sequence[int],
+    wants: frozenset[str],
+    layout: dict[str, Any],
+    rollout: int = 0,
+    on_answers: Callable[[int], None] | None = None,
+) -> tuple[list[Answer], dict[str, float]]:
+    """Answers sampled, judged and read, each rank doing all of it for its share of the prompts; and how long each part took here. ``layout``: of `read`."""
+    ranks = getattr(policy, "place", None)
+    size = 1 if ranks is None else ranks.size
+    times: dict[str, float] = {}
+
+    def work(some: Sequence[int]) -> list[list[Answer]]:
+        began = time.perf_counter()
+        tick = None if on_answers is None else lambda done: on_answers(min(done * size, len(prompts) * samples))
+        mine = [prompts[i] for i in some]
+        got = sample(policy, mine, samples, how, numbers=[numbers[i] for i in some], rollout=rollout, on_answers=tick)
+        sampled = time.perf_counter()
+        judge(got)
+        judged = time.perf_counter()
+        read(policy, got, wants, start=how.start, **layout)
+        times.update(sampling_seconds=sampled - began, judging_seconds=judged - sampled, reading_seconds=time.perf_counter() - judged)
+        return [[replace(a, prompt=_NOBODY) for a in got[i * samples : (i + 1) * samples]] for i in range(len(some))]
+
+    each = spread(policy, range(len(prompts)), work, "answers")
+    return [replace(a, prompt=prompt) for prompt, some in zip(prompts, each, strict=True) for a in some], times
+
+
+_NOBODY = Row(np.zeros(0, dtype=np.int32), np.zeros(0, dtype=bool))  # all ranks have the prompts
 
 
 @torch.no_grad()
@@ -211,21 +248,22 @@ class Rollouts:
         return out
 
     def _sample(self) -> None:
-        began = time.perf_counter()
-        chosen = self._chosen(self.rollout)
-        prompts = [self.prompts[i] for i in chosen]
-        answers = sample(self.policy, prompts, self.objective.samples, self.how, numbers=chosen, rollout=self.rollout, on_answers=self._ticked(len(prompts)))
-        sampled = time.perf_counter()
-        self.judge(answers)
-        judged = time.perf_counter()
-        o = self.objective
-        read(
-            self.policy, answers, o.reads, pad=self.pad, packed=self.packed, tokens=self.micro_tokens, start=self.how.start, temperature=o.temperature
-        )  # fmt: skip
+        chosen, o = self._chosen(self.rollout), self.objective
+        answers, times = answered(
+            self.policy,
+            [self.prompts[i] for i in chosen],
+            o.samples,
+            self.how,
+            self.judge,
+            numbers=chosen,
+            wants=o.reads,
+            layout={"pad": self.pad, "packed": self.packed, "tokens": self.micro_tokens, "temperature": o.temperature},
+            rollout=self.rollout,
+            on_answers=self._ticked(len(chosen)),
+        )
         facts = described(answers)
         self._agree(facts)
         rows, more = o.rows(answers, self.state, start=self.how.start)
-        times = {"sampling_seconds": sampled - began, "judging_seconds": judged - sampled, "reading_seconds": time.perf_counter() - judged}
         self._learn_from(rows)
         self.taught = self.taught or any(np.any(r.extras["tokens"].get("advantage", 1.0)) for r in rows)
         self.rollout += 1
@@ -250,7 +288,7 @@ class Rollouts:
             )
 
     def _learn_from(self, rows: list[Row]) -> None:
-        o = self.objective
+        o, ranks = self.objective, getattr(self.policy, "place", None)
         self.rows = rows
         self.inner = Batches(
             rows,
@@ -261,6 +299,8 @@ class Rollouts:
             micro_tokens=self.micro_tokens,
             steps=self.per_rollout,
             seed=self.seed * 100_003 + self.rollout,
+            rank=0 if ranks is None else ranks.rank,
+            size=1 if ranks is None else ranks.size,
         )
 
     # --- going on ---

@@ -21,6 +21,7 @@ from ..core import Base, Incompatible
 from ..lowrank import Pair
 from ..lowrank import from_peft as pairs_of
 from ..packed import PackedLinear
+from ..shards import gathered
 from . import lora
 
 
@@ -71,7 +72,8 @@ class Method(lora.Method):
     """Weight-decomposed low-rank adaptation of linear layers; LoRA's settings."""
 
     def _linear(self, base: Base, path: str, module: nn.Module, rank: int, scale: float) -> DoraEdit:
-        edit = DoraEdit(module, rank, scale, self.dropout, base.model.dtype)  # type: ignore[arg-type]
+        with gathered(module):
+            edit = DoraEdit(module, rank, scale, self.dropout, base.model.dtype)  # type: ignore[arg-type]
         self._start(edit, path, module)
         return edit
 

@@ -25,6 +25,7 @@ from ..core import Base, Delta, Incompatible
 from ..errors import ConfigError
 from ..packed import packed
 from ..plugins import Range, within_ranges
+from ..shards import whole
 from ..standin import Value, Weight, weights
 
 
@@ -69,7 +70,7 @@ class Method:
         chosen = self._chosen(base)
         params = {}
         for weight in chosen:
-            params[weight.key] = copy = nn.Parameter(weight.tensor.detach().to(torch.float32, copy=True))
+            params[weight.key] = copy = nn.Parameter(whole(weight.tensor).to(torch.float32, copy=True))
             weight.put(name, _replaced_by(copy))
 
         def fold() -> None:

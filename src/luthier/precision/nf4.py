@@ -109,7 +109,7 @@ class Linear(PackedLinear):
     @property
     def packed(self) -> nf4.Packed:
         """The codes and constants."""
-        return nf4.Packed(*(self._buffers[name] for name in nf4.Packed._fields))  # type: ignore[arg-type]
+        return nf4.Packed(*(getattr(self, name) for name in nf4.Packed._fields))
 
     def to_file(self) -> dict[str, Tensor]:
         """The tensors that bitsandbytes writes, by the name inside the linear; without the bias."""

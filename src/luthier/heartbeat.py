@@ -1,0 +1,154 @@
+"""Which rank is missing, and in which operation.
+
+Every rank has a thread that tells the launch's store now and then that it lives, what it waits in or where it computes: one small message every few seconds,
+none for an operation. Where an operation lasts longer than the timeout, the ranks that wait look at what the others have told: one that is silent (stopped,
+gone, its machine lost) and one that is alive but elsewhere (a slow disk, an endless loop) are told apart. The thread can do this while the main thread hangs
+in a collective, on gloo and on NCCL alike, and then ends the process, so that torchrun starts all again or stops.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from .errors import LuthierError
+
+CODE = 1  # exit code of a rank that has waited too long
+
+
+class Lost(LuthierError):
+    """A rank does not answer any more."""
+
+
+class Heart:
+    """The heartbeat of one rank, and its watch over its own waiting."""
+
+    def __init__(self, store: Any, rank: int, size: int, timeout: float, prefix: str):
+        self.rank, self.size, self.timeout = rank, size, timeout
+        self.every = min(5.0, timeout / 4)
+        self.store = dist.PrefixStore(prefix, store.clone())
+        self.store.set_timeout(timedelta(seconds=max(1.0, self.every)))
+        self.lock = threading.Lock()
+        self.beats = self.count = 0
+        self.what, self.since, self.inside = "start", time.monotonic(), False
+        self.main = threading.get_ident()
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+
+    def start(self) -> None:
+        """Begin to beat."""
+        self.thread.start()
+
+    def stop(self) -> None:
+        """No more beats."""
+        self.done.set()
+        if self.thread.is_alive():
+            self.thread.join(timeout=2)
+
+    def enter(self, what: str) -> None:
+        """The others are waited for from now on."""
+        self.count, self.what, self.since, self.inside = self.count + 1, what, time.monotonic(), True
+
+    def leave(self) -> None:
+        """They were there."""
+        self.inside, self.since = False, time.monotonic()
+
+    def all_here(self) -> None:
+        """Wait until every rank has come. Raises Lost with those that have not."""
+        self._beat()
+        end = time.monotonic() + self.timeout
+        while absent := [r for r in range(self.size) if not self.store.check([f"beat/{r}"])]:
+            if time.monotonic() > end:
+                named = ", ".join(str(r) for r in absent[:8]) + (f" and {len(absent) - 8} more" if len(absent) > 8 else "")
+                raise Lost(f"rank {named} of {self.size} did not start within {self.timeout:g} s; look at its machine, or give it longer (place.timeout)")
+            time.sleep(0.02)
+
+    def first_to_say(self, sentence: str) -> bool:
+        """Whether nobody has told of a failure before; what is told ends the others too."""
+        mine = f"{self.rank}: {sentence}"
+        try:
+            with self.lock:
+                return self.store.compare_set("ended", "", mine).decode() == mine
+        except Exception:  # the store is gone, and rank 0 with it
+            return True
+
+    def lost(self, why: str) -> Lost:
+        """What is known where an operation failed or lasted too long."""
+        waited, what = time.monotonic() - self.since, self.what
+        missing = self._missing()
+        said = "; ".join(missing) or f"all ranks still answer ({why.splitlines()[0][:200]})"
+        return Lost(f"{what}: rank {self.rank} of {self.size} waited {waited:.0f} s in vain: {said}. Go on from the last checkpoint with --resume")
+
+    # --- the thread ---------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while not self.done.wait(self.every):
+            try:
+                self._beat()
+                with self.lock:
+                    ended = self.store.check(["ended"])
+            except Exception:  # the store went with its process; the collective that fails next says so
+                ended = False
+            if self.inside and time.monotonic() - self.since > self.timeout:
+                self._end(str(self.lost("")))
+            if ended and not self.done.wait(2 * self.every):  # who failed has said why; this rank would wait for it for ever
+                self._end(None)
+
+    def _end(self, sentence: str | None) -> None:
+        if sentence is not None and self.first_to_say(sentence):
+            print(f"error: {sentence}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(CODE)
+
+    def _beat(self) -> None:
+        self.beats += 1
+        told = {"beat": self.beats, "count": self.count, "what": self.what, "inside": self.inside, "for": time.monotonic() - self.since}
+        told |= {"host": socket.gethostname(), "at": "" if self.inside else self._where()}
+        with self.lock:
+            self.store.set(f"beat/{self.rank}", json.dumps(told))
+
+    def _where(self) -> str:
+        """The line of ours that the main thread is in."""
+        frame: Any = sys._current_frames().get(self.main)
+        while frame is not None and f"{os.sep}luthier{os.sep}" not in frame.f_code.co_filename:
+            frame = frame.f_back
+        return "" if frame is None else f"{os.path.basename(frame.f_code.co_filename)}, line {frame.f_lineno} ({frame.f_code.co_name})"
+
+    def _heard(self) -> dict[int, dict[str, Any]]:
+        out: dict[int, dict[str, Any]] = {}
+        for r in range(self.size):
+            try:
+                with self.lock:
+                    if self.store.check([f"beat/{r}"]):
+                        out[r] = json.loads(self.store.get(f"beat/{r}"))
+            except Exception:  # the store is gone
+                return out
+        return out
+
+    def _missing(self) -> list[str]:
+        """The ranks that are not where this one waits, each with what is known of it."""
+        before = self._heard()
+        time.sleep(2 * self.every)
+        out, now = [], self._heard()
+        for r in (r for r in range(self.size) if r != self.rank):
+            told, name = now.get(r), f"rank {r}"
+            if told is None:
+                out.append(f"{name} cannot be heard of, because the meeting point (rank 0, or torchrun) is gone")
+                continue
+            name += f" on {told['host']}"
+            if before.get(r, {}).get("beat") == told["beat"]:
+                did = (
+                    f"was waiting in {told['what']}" if told["inside"] else f"was computing after {told['what']}" + (f", in {told['at']}" if told["at"] else "")
+                )
+                out.append(f"{name} does not answer any more; when last heard of it {did}")
+            elif told["count"] < self.count or (not told["inside"] and told["count"] == self.count):
+                out.append(f"{name} is alive and elsewhere: for {told['for']:.0f} s after {told['what']}" + (f", in {told['at']}" if told["at"] else ""))
+        return out

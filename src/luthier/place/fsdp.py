@@ -1,0 +1,126 @@
+"""Several processes with one device each, as torchrun starts them: the same run as on one, its batches dealt out.
+
+The process group is PyTorch's: gloo between CPUs, NCCL between CUDA devices, with numbers and objects on gloo there too. Every rank holds the base; deltas and
+their gradients are the same everywhere, by one all-reduce of the optimizer's flat fp32 buffer a step.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Annotated, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..context import Group as Sharers
+from ..context import joined as sharers
+from ..core import LuthierError
+from ..device import OnDevice
+from ..launched import launched
+from ..plugins import Range, within_ranges
+from ..ranks import Group, joined
+from ..sharding import Sharding, choose, sharding_of
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place(OnDevice):
+    """All processes of a launch."""
+
+    shard: Literal["auto", "full", "hybrid", "none"] = "auto"
+    """What of the weights each rank holds. none: all of them."""
+    offload: bool = False
+    """Keep what is sharded in the CPU's memory while it is not computed with."""
+    context: Annotated[int, Range(1)] = 1  # type: ignore[misc]
+    """Neighbouring ranks that share each sequence, every one keeping some of its positions, for sequences that one device does not hold."""
+    timeout: Annotated[float, Range(1)] = 600.0
+    """Seconds that a rank waits for the others before the run is ended, with the name of the rank that is missing."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        within_ranges(self)
+        here = launched()
+        if self.device.type == "cuda" and here.local >= torch.cuda.device_count():
+            raise LuthierError(
+                f"this machine has {torch.cuda.device_count()} CUDA devices and {here.local_size} processes were started on it; say "
+                f"torchrun --nproc-per-node {torch.cuda.device_count()}, or place.on=cpu"
+            )
+
+    @property
+    def rank(self) -> int:
+        return launched().rank
+
+    @property
+    def size(self) -> int:
+        return launched().size
+
+    @property
+    def device(self) -> torch.device:
+        """This rank's own."""
+        device = super().device
+        return torch.device("cuda", launched().local) if device.type == "cuda" else device
+
+    @property
+    def group(self) -> Group:
+        """The processes, joined at the first use."""
+        return joined(self.device, self.timeout)
+
+    @property
+    def traffic(self) -> Counter[str]:
+        return self.group.traffic if self.size > 1 else Counter()
+
+    @property
+    def sequence(self) -> Sharers | None:
+        return sharers(self)
+
+    def start(self) -> None:
+        if self.size % self.context:
+            raise LuthierError(
+                f"place.context: {self.context} ranks are to share each sequence, and {self.size} process{'es were' if self.size > 1 else ' was'} started; "
+                f"start a multiple of {self.context} with torchrun, or set place.context=1"
+            )
+        if self.size > 1:
+            _ = self.group
+
+    def doing(self, what: str) -> AbstractContextManager[None]:
+        return self.group.doing(what) if self.size > 1 else super().doing(what)
+
+    def sums(self, named: Mapping[str, float], what: str = "numbers") -> dict[str, float]:
+        return self.group.sums(named, what) if self.size > 1 else super().sums(named, what)
+
+    def average(self, tensors: Sequence[Tensor], what: str = "gradients") -> None:
+        if self.size > 1:
+            self.group.average(tensors, what)
+
+    def gather(self, own: T, what: str = "objects") -> list[T]:
+        return self.group.gather(own, what) if self.size > 1 else [own]
+
+    def share(self, own: T, what: str = "settings") -> T:
+        return self.group.share(own, what) if self.size > 1 else own
+
+    def wait(self, what: str = "the others") -> None:
+        if self.size > 1:
+            self.group.wait(what)
+
+    def sharding(self, on_meta: Callable[[], nn.Module], *, trains: bool, compute: torch.dtype) -> Sharding | None:
+        """How a base (made on the meta device by ``on_meta``) is laid out over the ranks; None: each holds all of it."""
+        if self.size == 1 or self.shard == "none":
+            return None
+        self.start()
+        return choose(on_meta(), trains=trains, compute=compute, place=self, local_size=launched().local_size)
+
+    def put(self, policy: nn.Module) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        super().put(policy)
+
+    def move(self, policy: nn.Module) -> None:
+        laid_out = sharding_of(policy.lm)  # type: ignore[arg-type]
+        if laid_out is None:
+            super().move(policy)
+        else:
+            laid_out.move(policy)

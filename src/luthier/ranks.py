@@ -1,0 +1,133 @@
+"""The processes of a launch, joined: what they agree on, in one collective each, with the bytes counted and the waiting watched."""
+
+from __future__ import annotations
+
+import atexit
+import pickle
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .heartbeat import Heart, Lost
+from .launched import launched
+
+T = TypeVar("T")
+GRACE = 60.0  # seconds that torch waits longer than we do, so that it is we who say which rank is missing
+_GROUP: list[Group] = []
+
+
+def joined(device: torch.device, timeout: float) -> Group:
+    """The group of this process; joins it at the first call, after which ``timeout`` (seconds) is that of the first. Raises Lost where not all come."""
+    if not _GROUP:
+        _GROUP.append(Group(device, timeout))
+        atexit.register(_leave)
+    return _GROUP[0]
+
+
+def _leave() -> None:
+    while _GROUP:
+        _GROUP.pop().close()
+
+
+def first_to_say(sentence: str) -> bool:
+    """Whether this rank is the one that tells of a failure: the first to fail; before the ranks have joined, rank 0."""
+    return _GROUP[0].heart.first_to_say(sentence) if _GROUP else launched().leads
+
+
+class Group:
+    """All ranks. Each collective is called by all of them, in the same order."""
+
+    def __init__(self, device: torch.device, timeout: float):
+        here = launched()
+        self.rank, self.size, self.device = here.rank, here.size, device
+        self.traffic: Counter[str] = Counter()
+        self.names: dict[str, list[str]] = {}  # by what is summed: the names that any rank has had so far, the same list on all
+        wait = timedelta(seconds=timeout + GRACE)
+        try:
+            store, _, _ = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=timeout))))  # type: ignore[attr-defined]
+        except Exception as e:
+            raise Lost(
+                f"rank {here.rank} of {here.size} found no meeting point at MASTER_ADDR:MASTER_PORT within {timeout:g} s ({str(e).splitlines()[0][:200]}); "
+                "start all processes with torchrun, which sets them"
+            ) from None
+        self.heart = Heart(store, here.rank, here.size, timeout, f"start {here.restarts}")
+        self.heart.all_here()
+        if not dist.is_initialized():
+            kind = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            more: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
+            with self.doing("meeting the others"):
+                dist.init_process_group(kind, store=dist.PrefixStore("group", store), rank=here.rank, world_size=here.size, timeout=wait, **more)
+        self.heart.start()
+
+    def close(self) -> None:
+        """Leave the others."""
+        self.heart.stop()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    @contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """An operation in which the others are waited for. Raises Lost, with the name of the rank that is missing, where torch says that one is gone."""
+        self.heart.enter(what)
+        try:
+            yield
+        except RuntimeError as e:
+            if isinstance(e, torch.OutOfMemoryError):
+                raise
+            raise self.heart.lost(str(e)) from None
+        finally:
+            self.heart.leave()
+
+    # --- collectives --------------------------------------------------------------------------------------------------
+
+    def sums(self, named: Mapping[str, float], what: str) -> dict[str, float]:
+        """The sum of each name over ranks, in float64. A name that no rank has had before costs one more exchange, once."""
+        known = self.names.setdefault(what, [])
+        new = sorted(set(named) - set(known))
+        vector = self._sum(torch.tensor([*(named.get(k, 0.0) for k in known), float(len(new))], dtype=torch.float64), what)
+        if vector[-1]:
+            known += sorted({k for some in self.gather(new, what) for k in some})
+            vector = self._sum(torch.tensor([*(named.get(k, 0.0) for k in known), 0.0], dtype=torch.float64), what)
+        return dict(zip(known, vector.tolist()[:-1], strict=True))
+
+    def _sum(self, numbers: Tensor, what: str) -> Tensor:
+        with self.doing(what):
+            dist.all_reduce(numbers)
+        self.traffic[what] += numbers.nbytes
+        return numbers
+
+    def average(self, tensors: Sequence[Tensor], what: str) -> None:
+        """Each tensor becomes its mean over ranks, where it is: one all-reduce a tensor."""
+        with self.doing(what):
+            for t in tensors:
+                dist.all_reduce(t)
+                t.div_(self.size)
+                self.traffic[what] += t.nbytes
+            if self.device.type == "cuda":  # their norm is asked for next, so waiting for it here costs nothing, and tells what is waited for
+                torch.cuda.current_stream().synchronize()
+
+    def gather(self, own: T, what: str) -> list[T]:
+        """What every rank has."""
+        out: list[Any] = [None] * self.size
+        with self.doing(what):
+            dist.all_gather_object(out, own)
+        self.traffic[what] += len(pickle.dumps(own))
+        return out
+
+    def share(self, own: T, what: str) -> T:
+        """What rank 0 has."""
+        box = [own]
+        with self.doing(what):
+            dist.broadcast_object_list(box, src=0)
+        self.traffic[what] += len(pickle.dumps(own)) if self.rank == 0 else 0
+        return box[0]
+
+    def wait(self, what: str) -> None:
+        """Until all are here."""
+        self._sum(torch.zeros(1, dtype=torch.float64), what)
