@@ -116,12 +116,17 @@ def load(
     if precision.packed and (model.random or not weights):
         quantised.pack(lm, precision)
     tokenizer = load_tokenizer(model) if _has_tokenizer(folder) else None
-    if sharding is not None and weights:
+    if sharding is not None:
+        if getattr(precision, "resident", "") == "yes":
+            raise Incompatible("precision.resident=yes: decoded weights of a base that is sharded over ranks are not kept; use resident=no, or place.shard=none")
         if sharding_of(lm) is None:
             sharding.lay_out(lm)
         sharding.settle(lm)
     lm = lm.to(device) if weights and sharding is None else lm
-    storage = quantised.settle(lm, precision) if precision.packed and weights and sharding is None else "" if sharding is None else sharding.said
+    if sharding is not None:
+        storage = sharding.said
+    else:
+        storage = quantised.settle(lm, precision) if precision.packed and weights else ""
     base = adopt(lm, tokenizer, source=model.id, revision=model.revision)
     base.hash, base.precision, base.storage = hash, precision, storage
     if headless:

@@ -209,6 +209,11 @@ class Optimizer:
             g.grad.zero_()
 
     @property
+    def cut(self) -> bool:
+        """Whether this rank holds only a part of something that trains."""
+        return any(g.cut for g in self.groups)
+
+    @property
     def master_bytes(self) -> int:
         """Bytes of the masters."""
         return sum(4 * g.grad.numel() for g in self.groups)

@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
 from . import (
     __version__,
@@ -376,6 +375,7 @@ class Session:
                 if step.step % (self.run.checkpoint.every_steps or 1) == 0 or last or step.signals["asked"] or self.stopped:
                     self._save()
                 if step.signals["asked"]:
+                    checkpoint.settle()
                     raise Interrupted(f"stopped after step {p.step} of {self.steps}, everything is saved; go on with: luthier train --resume {self.folder}")
                 if self.stopped:
                     break
@@ -503,7 +503,7 @@ class Session:
         p = self.progress
         if self.run.evaluate.best and p.best_step and p.best_step != p.step:
             self.place.wait("the best weights")
-            self.optimizer.load_masters(adapter.read_tensors(self.folder / "best" / "masters.safetensors"))
+            checkpoint.take_best(self.folder, self.policy, self.optimizer)
             self.say.note(f"kept the weights of step {p.best_step}, the best on validation")
         after = self._measure(tasks=True)
         log.write("after", p.step, after.numbers())
@@ -519,9 +519,13 @@ class Session:
         if self.place.size > 1:
             facts["ranks"] = {"size": self.place.size, "traffic_bytes": dict(self.place.traffic)}
         extra = {"training": facts, remembered.KEY: remembered.told(self.policy, self.run.model.template)}
-        if not self.leads:
+        if self.steps:
+            checkpoint.settle()
+        if not (self.leads or adapter.by_all(self.policy)):
             return after
         adapter.save(self.policy, self.folder / adapter.writes(self.policy.method), objective=self.objective, extra=extra)
+        if not self.leads:
+            return after
         trained, whole = counts.total(self.policy)
         best = {"trained": trained, "total": whole, "peak_bytes": peak_bytes(self.run.place.device), "best_step": self._best(), "stopped": self.stopped}
         atomic.as_json(self.folder / "result.json", facts | best)
@@ -530,16 +534,15 @@ class Session:
     # --- pieces -------------------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        if not self.leads:
+        if not (self.leads or self.optimizer.cut):
             return
         self.progress.alarms = self.alarms.kept()
         facts = {"progress": asdict(self.progress), "run": config.plain(self.run), "digest": config.digest(self.run), "luthier": __version__}
         checkpoint.save(self.folder, self.progress.step, self.policy, self.optimizer, self.feed, keep=self.run.checkpoint.keep, facts=facts)
 
     def _keep_best(self) -> None:
-        if self.run.evaluate.best and self.leads:
-            with atomic.folder(self.folder / "best") as new:
-                save_file({k: v.to("cpu").contiguous() for k, v in self.optimizer.masters().items()}, new / "masters.safetensors")
+        if self.run.evaluate.best and (self.leads or self.optimizer.cut):
+            checkpoint.keep_best(self.folder, self.policy, self.optimizer)
 
     def _samples(self, step: int) -> int | None:
         """Answer the fixed prompts and append them to samples.jsonl; how many stopped by themselves, None where there are none."""

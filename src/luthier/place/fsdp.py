@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..context import Group as Sharers
 from ..context import joined as sharers
 from ..core import LuthierError
-from ..device import OnDevice
+from ..device import OnDevice, Together
 from ..launched import launched
 from ..plugins import Range, within_ranges
 from ..ranks import Group, joined
@@ -117,6 +117,8 @@ class Place(OnDevice):
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         super().put(policy)
+        if sharding_of(policy.lm) is not None:  # type: ignore[arg-type]
+            policy.place = Together(self)  # type: ignore[assignment]
 
     def move(self, policy: nn.Module) -> None:
         laid_out = sharding_of(policy.lm)  # type: ignore[arg-type]
