@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -194,7 +195,11 @@ class Session:
 
     def __init__(self, run: Run, folder: Path, base: Any, prepared: Prepared, say: Reporter, asked: Run, program: int):
         self.folder, self.base, self.prepared, self.say, self.asked, self.program = folder, base, prepared, say, asked, program
-        self.place, self.leads = run.place, run.place.leads  # the first rank writes and speaks; all others do the same and keep silent
+        self.place, self.leads, self.sent = (
+            run.place,
+            run.place.leads,
+            Counter(run.place.traffic),
+        )  # the first rank writes and speaks; all others do the same and keep silent
         self.policy, self.objective = build.assemble(run, base)
         lr, why = (run.optim.lr, "as asked") if run.optim.lr is not None else default_lr(run.method, base.width)
         self.packed = base.packs and run.data.pack != "no"
@@ -519,7 +524,7 @@ class Session:
             facts["replayed"] = replayed
         facts["alarms"] = [asdict(a) for a in self.alarms.raised]
         if self.place.size > 1:
-            facts["ranks"] = {"size": self.place.size, "traffic_bytes": dict(self.place.traffic)}
+            facts["ranks"] = {"size": self.place.size, "traffic_bytes": dict(Counter(self.place.traffic) - self.sent)}
         extra = {"training": facts, remembered.KEY: remembered.told(self.policy, self.run.model.template)}
         if not self.leads:
             return after
