@@ -83,9 +83,20 @@ class Heart:
     def lost(self, why: str) -> Lost:
         """What is known where an operation failed or lasted too long."""
         waited, what = time.monotonic() - self.since, self.what
-        missing = self._missing()
+        missing = [told] if (told := self._told()) else self._missing()
         said = "; ".join(missing) or f"all ranks still answer ({why.splitlines()[0][:200]})"
         return Lost(f"{what}: rank {self.rank} of {self.size} waited {waited:.0f} s in vain: {said}. Go on from the last checkpoint with --resume")
+
+    def _told(self) -> str:
+        """What a rank that failed has said."""
+        time.sleep(0.2)
+        try:
+            with self.lock:
+                said = self.store.get("ended").decode() if self.store.check(["ended"]) else ""
+        except Exception:
+            return ""
+        rank, _, sentence = said.partition(": ")
+        return f"rank {rank} failed: {sentence}" if said and rank != str(self.rank) else ""
 
     # --- the thread ---------------------------------------------------------------------------------------------------
 

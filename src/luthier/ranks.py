@@ -87,14 +87,20 @@ class Group:
     # --- collectives --------------------------------------------------------------------------------------------------
 
     def sums(self, named: Mapping[str, float], what: str) -> dict[str, float]:
-        """The sum of each name over ranks, in float64. A name that no rank has had before costs one more exchange, once."""
+        """The sum of each name that any rank has, in float64. A name that no rank has had before costs one more exchange, once."""
         known = self.names.setdefault(what, [])
         new = sorted(set(named) - set(known))
-        vector = self._sum(torch.tensor([*(named.get(k, 0.0) for k in known), float(len(new))], dtype=torch.float64), what)
-        if vector[-1]:
+        total, there = self._told(named, known, len(new), what)
+        if total[-1]:
             known += sorted({k for some in self.gather(new, what) for k in some})
-            vector = self._sum(torch.tensor([*(named.get(k, 0.0) for k in known), 0.0], dtype=torch.float64), what)
-        return dict(zip(known, vector.tolist()[:-1], strict=True))
+            total, there = self._told(named, known, 0, what)
+        return {k: v for k, v, n in zip(known, total, there, strict=False) if n}
+
+    def _told(self, named: Mapping[str, float], known: list[str], new: int, what: str) -> tuple[list[float], list[float]]:
+        """Sums of the known names and of ``new``, and how many ranks have each."""
+        own = [[named.get(k, 0.0) for k in known] + [float(new)], [float(k in named) for k in known] + [1.0]]
+        total, there = self._sum(torch.tensor(own, dtype=torch.float64), what).tolist()
+        return total, there
 
     def _sum(self, numbers: Tensor, what: str) -> Tensor:
         with self.doing(what):
