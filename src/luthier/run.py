@@ -273,6 +273,15 @@ class Log:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Speed:
+    """What is computed less often, with equal results; each can be switched off."""
+
+    share_prompts: Literal["auto", "on", "off"] = "auto"
+    """Compute what examples of a packed row begin with once for all of them, as the prompt of a pair's two answers. auto: where that saves enough; on: wherever
+    anything is shared, and refuse a model that cannot."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Run:
     """A whole run: model x method x objective x precision x place, the data, and how it is trained and judged."""
 
@@ -296,6 +305,8 @@ class Run:
     """What is kept."""
     log: Log = Log()
     """Where metrics go."""
+    speed: Speed = Speed()
+    """What is computed less often."""
     tokens: tuple[str, ...] = ()
     """Tokens to add to the vocabulary, for example [<tool>]; their rows are trained and saved with the delta, whatever the method."""
     seed: Annotated[int, Range(0)] = 0
