@@ -93,7 +93,7 @@ def logps(policy: Policy, examples: Sequence[Row], *, tokens: int, packed: bool,
     place = {id(e): i for i, e in enumerate(examples)}
     out = [0.0] * len(examples)
     done = 0
-    for some in group(examples, tokens, packed):
+    for some in group(examples, tokens, packed, together=True):
         batch = next_token_batch(some, pad=policy.pad, packed=packed).to(policy.device)
         for e, logp in zip(some, example_logps(policy, batch)[0].tolist(), strict=True):
             out[place[id(e)]] = logp
