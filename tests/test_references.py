@@ -134,3 +134,20 @@ def test_progress_is_told(tmp_path):
     seen = SimpleNamespace(last=None)
     bring(policy_of(), Dpo(), prepared(), tmp_path, tick=lambda done, of: setattr(seen, "last", (done, of)))
     assert seen.last == (9, 9)
+
+
+def test_the_answers_to_a_prompt_share_it_and_get_the_same_log_probabilities():
+    rng = np.random.default_rng(0)
+    rows = []
+    for _ in range(3):
+        prompt = rng.integers(3, tiny.V, 30)
+        rows += [ranked.answer("llama", prompt, rng.integers(3, tiny.V, n), "pairs") for n in (9, 4)]
+    policy, found = policy_of(), {}
+    for how in ("off", "on"):
+        policy.share_prompts = how
+        seen: list[int] = []
+        hook = policy.lm.base_model.register_forward_pre_hook(lambda m, a, k, seen=seen: seen.append(k["input_ids"].shape[1]), with_kwargs=True)
+        found[how] = references.logps(policy, rows[::2] + rows[1::2], tokens=300, packed=True), sum(seen)  # in an order in which no pair is together
+        hook.remove()
+    np.testing.assert_allclose(found["on"][0], found["off"][0], rtol=1e-5)
+    assert found["on"][1] < 0.8 * found["off"][1]

@@ -1,7 +1,8 @@
 """The one attention function registered with transformers: examples that lie in one row never see one another, no S x S mask is built, and the
 keys and values of a prefix are seen by every token of the examples it serves.
 
-Under a frame with segments (training, scoring) it attends inside each segment, causally or both ways as the module says. Without (generation,
+Under a frame with segments (training, scoring) it attends inside each segment, causally or both ways as the module says, and a segment that goes on from
+another (`Segments.parent`) sees all of that too: as keys and values before its own. Without (generation,
 encoder-decoders, a plain call of the model) it is transformers' own sdpa path with transformers' own masks. Registered under the name in `NAME`; a
 family whose results differ under it is found by the probe and keeps its own attention.
 
@@ -10,6 +11,7 @@ A prefix stands outside the text: it is never inside a sliding window, never mas
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +70,8 @@ def attend(
         index = bucket.index  # (s, l) flat positions
         q, k, v = (x.index_select(0, index.flatten()).view(*index.shape, x.shape[1], d).transpose(1, 2) for x in flat)
         route = bucket.route if mixed else frame.route
-        out = _rows(q, k, v, how, prefix=prefix_of(frame, route, module), lengths=bucket.lengths)
+        parent = None if bucket.parent is None else _gathered(flat[1:], bucket.parent, bucket.before)
+        out = _rows(q, k, v, how, prefix=prefix_of(frame, route, module), lengths=bucket.lengths, parent=parent)
         parts.append(out.transpose(1, 2).reshape(-1, H, d))
     out = torch.cat(parts) if len(parts) > 1 else parts[0]
     return out.index_select(0, back).view(B, T, H, d), None
@@ -98,10 +101,16 @@ def prefix_of(frame: Frame | None, route: Any, module: Any) -> KV | None:
     return torch.cat([k for k, _ in found]), torch.cat([v for _, v in found])
 
 
-def _rows(q: Tensor, k: Tensor, v: Tensor, how: How, *, prefix: KV | None = None, lengths: Tensor | None = None) -> Tensor:
-    """Attention over rows of one example each, (b, H, l, d) -> (b, H, l, d). ``lengths`` (b,): where padding begins, which only matters both ways."""
+def _rows(
+    q: Tensor, k: Tensor, v: Tensor, how: How, *, prefix: KV | None = None, lengths: Tensor | None = None, parent: tuple[Tensor, Tensor, Tensor] | None = None
+) -> Tensor:
+    """Attention over rows of one example each, (b, H, l, d) -> (b, H, l, d). ``lengths`` (b,): where padding begins, which only matters both ways.
+    ``parent``: keys and values (b, H_kv, p, d) of what each row goes on from, and (b,) how many of them are real."""
     n = q.shape[2]
     mask = _visible(n, how, None if how.causal else lengths, q.device)
+    if parent is not None:
+        mask = torch.cat([_of_parent(n, parent, how), _causal_mask(n, how, mask, q.device).expand(len(q), 1, n, n)], 3)  # type: ignore[union-attr]
+        k, v = torch.cat([parent[0], k], 2), torch.cat([parent[1], v], 2)
     if prefix is not None:
         P = len(prefix[0])
         k, v = (torch.cat([p.to(x.dtype).transpose(0, 1).expand(len(x), -1, -1, -1), x], 2) for p, x in zip(prefix, (k, v), strict=True))
@@ -127,18 +136,30 @@ def _visible(n: int, how: How, lengths: Tensor | None, device: torch.device) -> 
     return mask
 
 
+def _of_parent(n: int, parent: tuple[Tensor, Tensor, Tensor], how: How) -> Tensor:
+    """(b, 1, n, p): what rows of n queries may see of what they go on from."""
+    keys, _, before = parent
+    j = torch.arange(keys.shape[2], device=keys.device)
+    seen = (j < before[:, None])[:, None, None, :].expand(-1, -1, n, -1)
+    if how.window is None:
+        return seen
+    distance = before[:, None, None] + torch.arange(n, device=keys.device)[:, None] - j
+    return seen & (distance < how.window)[:, None]
+
+
 def _causal_mask(n: int, how: How, mask: Tensor | None, device: torch.device) -> Tensor | None:
     """The triangle, where it has not been written out yet."""
     return torch.ones(n, n, dtype=torch.bool, device=device).tril() if mask is None and how.causal else mask
 
 
 def two_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
-    """Attention as two products and a softmax over (l, P + l) scores."""
+    """Attention as two products and a softmax over (l, P + l) scores. ``mask``: of these, or (b, 1, l, P + l)."""
     b, heads, n, d = q.shape
     m = k.shape[2]
     k, v = (repeat_kv(x, heads // k.shape[1]).reshape(b * heads, m, d) for x in (k, v))
-    bias = torch.zeros(n, m, dtype=q.dtype, device=q.device).masked_fill_(~mask, float("-inf"))
-    scores = torch.baddbmm(bias.expand(b * heads, n, m), q.reshape(b * heads, n, d), k.transpose(1, 2), alpha=d**-0.5 if scaling is None else scaling)
+    bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, float("-inf"))
+    bias = bias.expand(b * heads, n, m) if bias.dim() == 2 else bias.expand(b, heads, n, m).reshape(b * heads, n, m)
+    scores = torch.baddbmm(bias, q.reshape(b * heads, n, d), k.transpose(1, 2), alpha=d**-0.5 if scaling is None else scaling)
     return torch.bmm(scores.softmax(-1), v).view(b, heads, n, d)
 
 
@@ -163,32 +184,53 @@ class Bucket:
     index: Tensor  # (s, l) flat positions in the stream
     lengths: Tensor  # (s,)
     route: str | None
+    parent: Tensor | None = None  # (s, p) flat positions of what each segment goes on from
+    before: Tensor | None = None  # (s,) how many of these are real
+
+
+def _gathered(keys_and_values: Sequence[Tensor], index: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values (s, H_kv, p, d) of parents, out of (B * T, H_kv, d), and their lengths."""
+    assert before is not None
+    k, v = (x.index_select(0, index.flatten()).view(*index.shape, *x.shape[1:]).transpose(1, 2) for x in keys_and_values)
+    return k, v, before
 
 
 def plan(segments: Segments, total: int, width: int, device: torch.device, routes: tuple[str | None, ...] | None = None) -> tuple[list[Bucket], Tensor]:
-    """Sort segments into padded batches of like lengths (and like routes): their flat positions, and where each position's result then lies.
+    """Sort segments into padded batches of like lengths (and like routes, and parents of like lengths): their flat positions, and where each position's result
+    then lies.
 
     Padding inside a batch repeats the segment's last position: it stands to the right, no real token sees it, and its result is not read.
     """
-    buckets: dict[tuple[int, str | None], list[int]] = {}
-    for s, n in enumerate(segments.length.tolist()):
-        size = 32
-        while size < n and size < MERGE_BELOW:
-            size *= 2
-        buckets.setdefault((size if n <= size else round_up(n, PACKED_MULTIPLE), routes[s] if routes else None), []).append(s)
+    buckets: dict[tuple[int, int, str | None], list[int]] = {}
+    before = segments.before()
+    for s, (n, p) in enumerate(zip(segments.length.tolist(), before.tolist(), strict=True)):
+        buckets.setdefault((_size(n), _size(p) if p else 0, routes[s] if routes else None), []).append(s)
     first = segments.first(width)
     back = torch.zeros(total, dtype=torch.long)  # positions of padding read result 0
     out, base = [], 0
-    for (longest, route), who in buckets.items():  # few distinct widths, so that kernels are generated once
+    for (longest, earlier, route), who in buckets.items():  # few distinct widths, so that kernels are generated once
         offset = torch.arange(longest).expand(len(who), longest)
         length = segments.length[who][:, None]
         index = first[who][:, None] + torch.minimum(offset, length - 1)
         here = base + torch.arange(len(who))[:, None] * longest + offset
         real = offset < length
         back[index[real]] = here[real]
-        out.append(Bucket(index.to(device), length[:, 0].to(device), route))
+        parents: tuple[Tensor, ...] = ()
+        if earlier and segments.parent is not None:
+            known = before[who][:, None]
+            place = first[segments.parent[who]][:, None] + torch.minimum(torch.arange(earlier).expand(len(who), earlier), known - 1)
+            parents = place.to(device), known[:, 0].to(device)
+        out.append(Bucket(index.to(device), length[:, 0].to(device), route, *parents))
         base += index.numel()
     return out, back.to(device)
+
+
+def _size(n: int) -> int:
+    """What a length is padded to: one of few."""
+    size = 32
+    while size < n and size < MERGE_BELOW:
+        size *= 2
+    return size if n <= size else round_up(n, PACKED_MULTIPLE)
 
 
 # --- under transformers' own masks ----------------------------------------------------------------------------------

@@ -188,11 +188,12 @@ def adopt(lm: Any, tokenizer: Any = None, *, source: str = "", revision: str | N
     base.max_positions = max_positions(lm, anatomy.first_position)
     if next(lm.parameters()).device.type == "meta":
         probe.use(lm, attention.NAME)
+        base.shares = anatomy.kind == "decoder"
         return base
     base.probes = probe.run(base)
     if sharding is not None:
         sharding.rest()
-    base.packs = base.probes["packs"]
+    base.packs, base.shares = base.probes["packs"], base.probes["shares"]
     return base
 
 
@@ -211,6 +212,8 @@ def assemble(run: Run, base: Base | None = None, *, name: str = "default") -> tu
         context.check_base(base, attention.NAME)
     heads = objective.heads(base)
     reads_head = not heads or getattr(objective, "reads_head", False)
+    if run.speed.share_prompts == "on":
+        can_share(run, base)
     if reads_head and base.probes.get("head", 0.0) is None:
         raise Incompatible(
             f"objective {kind_of(objective)} reads this model's own language-model head, which is missing from its files ({base.source}); "
@@ -226,6 +229,7 @@ def assemble(run: Run, base: Base | None = None, *, name: str = "default") -> tu
         leave_out_unread(base, delta)
     policy = Policy(base, delta, method=method, name=name, heads=heads)
     policy.objective = objective
+    policy.share_prompts = run.speed.share_prompts
     if getattr(method, "from_", None) and base.model.device.type != "meta":
         adapter.start_from(policy, method.from_)  # type: ignore[attr-defined]
     if "rollouts" in objective.needs:
@@ -263,6 +267,17 @@ def check(run: Run) -> None:
             f"method {kind_of(run.method)} trains the base's own weights, and precision {kind_of(run.precision)} packs them into codes; "
             "use a float precision, or a method that edits outputs (lora)"
         )
+
+
+def can_share(run: Run, base: Base) -> None:
+    """Raise Incompatible where nothing can be computed once for several examples."""
+    if not base.shares:
+        raise Incompatible(
+            f"speed.share_prompts=on: found {base.anatomy.family}, of which one beginning cannot serve several examples (it takes a decoder whose examples may "
+            "share a row); set speed.share_prompts=auto"
+        )
+    if run.data.pack == "no":
+        raise Incompatible("speed.share_prompts=on: only examples that share a row can share a beginning, and data.pack=no; leave one of the two out")
 
 
 def resolve(run: Run) -> tuple[Run, list[str]]:

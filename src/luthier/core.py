@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast
+from itertools import pairwise
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -52,6 +53,8 @@ class Segments:
     row: Tensor  # (S,)
     start: Tensor  # (S,)
     length: Tensor  # (S,)
+    alike: tuple[Alike, ...] = ()  # examples of a packed row that begin alike, as the collator found them: what may lie once (sharing.py)
+    parent: Tensor | None = None  # (S,): where what is alike lies once, the segment that each one goes on from; -1: it stands alone
 
     def __len__(self) -> int:
         return len(self.row)
@@ -64,11 +67,15 @@ class Segments:
         return out_BT
 
     def positions(self, shape: tuple[int, int]) -> Tensor:
-        """(B, T): positions that restart at 0 in every example; 0 on padding."""
+        """(B, T): positions that restart at 0 in every example, and go on from its parent's; 0 on padding."""
         out_BT = torch.zeros(shape, dtype=torch.long)
-        for b, t, n in zip(self.row.tolist(), self.start.tolist(), self.length.tolist(), strict=True):
-            out_BT[b, t : t + n] = torch.arange(n)
+        for b, t, n, p in zip(self.row.tolist(), self.start.tolist(), self.length.tolist(), self.before().tolist(), strict=True):
+            out_BT[b, t : t + n] = torch.arange(p, p + n)
         return out_BT
+
+    def before(self) -> Tensor:
+        """(S,): how many tokens of the example stand before each segment, in its parent."""
+        return torch.zeros_like(self.length) if self.parent is None else torch.where(self.parent < 0, 0, self.length[self.parent])
 
     def first(self, width: int) -> Tensor:
         """(S,) flat index into (B * T) of each example's first token."""
@@ -90,7 +97,7 @@ class Segments:
     @property
     def plain(self) -> bool:
         """True when every stream row holds one example that starts at its left edge (no packing)."""
-        return not bool(self.start.any()) and len(self.row.unique()) == len(self.row)
+        return self.parent is None and not bool(self.start.any()) and len(self.row.unique()) == len(self.row)
 
 
 @dataclass(kw_only=True)
@@ -164,8 +171,52 @@ def lay_out(rows: Sequence[Row], pad: int, packed: bool) -> tuple[Tensor, Tensor
     for r, b, t in zip(rows, which, starts, strict=True):
         ids_BT[b, t : t + len(r)] = r.ids
         targets_BT[b, t : t + len(r) - 1] = np.where(r.train[1:], r.ids[1:], IGNORE)
-    segments = Segments(torch.from_numpy(which.copy()), torch.from_numpy(np.asarray(starts, dtype=np.int64)), torch.tensor(lengths))
+    same = alike(rows) if packed else ()
+    segments = Segments(torch.from_numpy(which.copy()), torch.from_numpy(np.asarray(starts, dtype=np.int64)), torch.tensor(lengths), same)
     return torch.from_numpy(ids_BT), torch.from_numpy(targets_BT), segments
+
+
+class Alike(NamedTuple):
+    """Neighbours that begin with the same tokens. Each has at least one more of its own."""
+
+    first: int  # the first of these examples
+    examples: int
+    tokens: int  # that all of them begin with
+
+
+def alike(rows: Sequence[Row]) -> tuple[Alike, ...]:
+    """Cut examples, in their order, into neighbours that begin alike, so that as many tokens as possible need not be there twice."""
+    out, begin = [], 0
+    common = np.array([_leading(a.ids, b.ids) for a, b in pairwise(rows)] + [0])
+    for end in (common == 0).nonzero()[0].tolist():  # no two neighbours across this place begin alike
+        out += [Alike(begin + a, b - a, n) for a, b, n in _grouped(common[begin:end])]
+        begin = end + 1
+    return tuple(out)
+
+
+def _leading(a: np.ndarray, b: np.ndarray) -> int:
+    """How many first tokens two examples share, leaving each at least one of its own."""
+    n = min(len(a), len(b)) - 1
+    differ = a[:n] != b[:n]
+    return int(differ.argmax()) if differ.any() else max(n, 0)
+
+
+def _grouped(common: np.ndarray) -> list[tuple[int, int, int]]:
+    """(first, end, tokens) of the groups that save most, (examples - 1) x tokens each; ``common``: what each of m - 1 examples shares with the next."""
+    m = len(common) + 1
+    best, cut = np.zeros(m + 1, dtype=np.int64), np.arange(-1, m)  # of the first so many examples: what they save, and where their last group begins
+    for end in range(2, m + 1):
+        tokens = np.minimum.accumulate(common[: end - 1][::-1])[::-1]  # of groups that begin at 0, 1, ..., end - 2
+        saved = best[: end - 1] + tokens * np.arange(end - 1, 0, -1)
+        at = int(saved.argmax())
+        best[end], cut[end] = max((int(saved[at]), at), (int(best[end - 1]), end - 1), key=lambda c: c[0])
+    out = []
+    while m:
+        first = int(cut[m])
+        if m - first > 1:
+            out.append((first, m, int(common[first : m - 1].min())))
+        m = first
+    return out[::-1]
 
 
 @dataclass
@@ -372,6 +423,7 @@ class Base:
     anatomy: Any  # anatomy.Anatomy
     hash: str  # of the weights and the configuration
     packs: bool  # several examples may share a row (probed, not assumed)
+    shares: bool = False  # examples of a row may go on from one beginning (probed too); decoders only
     source: str = ""  # what the user called it: a folder, a Hub id, fiddle
     revision: str | None = None
     max_positions: int = 1024

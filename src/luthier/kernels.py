@@ -27,7 +27,7 @@ class _Kernels(TorchFunctionMode):
 
     def __init__(self, device: str):
         super().__init__()
-        self.device = device
+        self.device, self.causal = device, True  # whether the module that is running sees what stands before only
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not sdpa:
@@ -66,7 +66,7 @@ class _Kernels(TorchFunctionMode):
         """Whether attention.py writes it out itself: it asks the device of the query, which is meta here."""
         frame = current()
         inside = frame is not None and frame.segments is not None
-        return inside and q.shape[2] <= attention.SHORT and q.dtype == torch.bfloat16 and dropout == 0.0 and (causal or (mask is not None and mask.dim() == 2))
+        return inside and q.shape[2] <= attention.SHORT and q.dtype == torch.bfloat16 and dropout == 0.0 and (causal or (mask is not None and self.causal))
 
 
 def _flash_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, causal: bool, grouped: bool) -> bool:
@@ -83,8 +83,9 @@ def attending(lm: Any, device: str) -> Iterator[None]:
     """Every attention by the device's kernels, in recomputation too: a mode around the backward is off while the backward runs."""
     kernels, found = _Kernels(device), [a.module for a in attentions(lm)]
 
-    def within(own: Callable[..., Any]) -> Callable[..., Any]:
+    def within(own: Callable[..., Any], causal: bool) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
+            kernels.causal = causal
             before = across.MEANT.set(device)
             try:
                 with kernels:
@@ -95,7 +96,7 @@ def attending(lm: Any, device: str) -> Iterator[None]:
         return forward
 
     for module in found:
-        module.forward = within(module.forward)  # type: ignore[method-assign]
+        module.forward = within(module.forward, bool(getattr(module, "is_causal", True)))  # type: ignore[method-assign]
     try:
         yield
     finally:

@@ -20,7 +20,7 @@ from .data.preferences import Judged
 from .data.prepare import Prepared, prepare
 from .data.rankings import render_preferences
 from .data.render import render_prompt, stop_ids
-from .data.rows import Counts, Dropped, sides
+from .data.rows import Counts, Dropped, by_beginning, sides
 from .evaluate import Losses, Score, loss_on, score
 from .objectives import masked_text
 from .objectives import text as text_objective
@@ -266,12 +266,12 @@ def to_device(batch: Batch, policy: Policy) -> Batch:
     return batch.to(policy.device)
 
 
-def group(rows: Sequence[Row], tokens: int, packed: bool) -> list[list[Row]]:
-    """Rows of like length in groups of at most ``tokens`` positions, padding included."""
+def group(rows: Sequence[Row], tokens: int, packed: bool, *, together: bool = False) -> list[list[Row]]:
+    """Rows of like length in groups of at most ``tokens`` positions, padding included. ``together``: where they are packed, those that begin alike."""
     out: list[list[Row]] = []
     total = 0
     length = lambda row: sum(sides(row))  # noqa: E731
-    for row in sorted(rows, key=length):
+    for row in [rows[i] for i in by_beginning(rows)] if together and packed else sorted(rows, key=length):
         width = total + length(row) if packed else (len(out[-1]) + 1) * length(row) if out else 0
         if not out or width > tokens:
             out.append([])
@@ -306,7 +306,7 @@ def predict(policy: Policy, objective: Any, rows: Sequence[Row], *, tokens: int 
     training = policy.training
     policy.eval()
     try:
-        groups = group(rows, tokens, packed)
+        groups = group(rows, tokens, packed, together=True)
         one = lambda some: objective.predict(policy, to_device(objective.collate(some, pad=pad, packed=packed), policy))  # noqa: E731
         for some, answers in zip(groups, spread(policy, groups, lambda part: [one(g) for g in part], "predictions"), strict=True):
             for row, said in zip(some, answers, strict=True):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from . import attention, decoding, generation, prepacked, standin
+from . import attention, decoding, generation, prepacked, sharing, standin
 from .anatomy import trunk
 from .core import Base, Batch, Delta, Incompatible, LuthierError, Method, Objective, Place, Rollout, Stream
 from .device import Alone
@@ -43,6 +43,7 @@ class Policy(nn.Module):
         self.voices: dict[str, Any] = {}  # other roles on the same base, see voices.py
         self.voice_heads = nn.ModuleDict()  # theirs; not saved with the delta
         self.reference_route: str | None = None  # what the policy was before training
+        self.share_prompts: sharing.Sharing = "auto"
         self._copy: list[Any] = []  # the same where the base's own weights are trained; in a list, so that it is no part of this module
         if delta is not None:
             self.add(name, delta)
@@ -119,10 +120,19 @@ class Policy(nn.Module):
         if isinstance(route, tuple) and (odd := {n for r in route for n in members(r)} & set(getattr(self.lm.get_output_embeddings(), "edits", ()))):
             raise Incompatible(f"the delta {sorted(odd)[0]} edits the head, which scores positions and not examples, so no batch is routed to it; use() it")
         if batch.source is None:
-            return self._run(trunk(self.lm), batch, route, prompted=True)
+            shorter = self._shorter(batch, route)
+            if shorter is None:
+                return self._run(trunk(self.lm), batch, route, prompted=True)
+            states = self._run(trunk(self.lm), shorter.stream, shorter.route(route), prompted=True)
+            return states.flatten(0, 1).index_select(0, shorter.back).view(*batch.shape, states.shape[-1])
         source, encoded = self._encode(batch.source, route)
         seen = {"encoder_hidden_states": encoded, "encoder_attention_mask": real(source).to(self.device)}
         return self._run(self.lm.get_decoder(), batch, route, prompted=False, **seen)
+
+    def _shorter(self, batch: Batch, route: Any) -> sharing.Shorter | None:
+        """The batch with what its examples share lying once, where that is the same mathematics and pays."""
+        ours = self.base.shares and self.lm.config._attn_implementation == attention.NAME
+        return sharing.shorten(batch, route, self.share_prompts) if ours and batch.segments.alike else None
 
     def _encode(self, source: Stream, route: Any) -> tuple[Stream, Tensor]:
         """The encoder's stream, prompts included, and its hidden states."""
@@ -142,6 +152,8 @@ class Policy(nn.Module):
         longer = None
         if any(p is not None for p in made.values()):
             prompts = [made[r] for r in routes]
+            if (parent := stream.segments.parent) is not None:  # what goes on from another has its prompt there
+                prompts = [None if p >= 0 else own for p, own in zip(parent.tolist(), prompts, strict=True)]
             longer = make_room(stream, [0 if p is None else len(p) for p in prompts], self.pad)
             stream = longer.stream
         inputs: dict[str, Any] = {**stream.inputs, **more, "use_cache": False}

@@ -17,6 +17,7 @@ from .core import Base, Incompatible, Segments
 from .site import Frame, using
 
 LENGTHS = (11, 7)
+FIRST = torch.tensor([-1, 0, 0])  # the second and the third segment go on from the first
 
 
 @torch.no_grad()
@@ -24,13 +25,13 @@ def run(base: Base) -> dict[str, Any]:
     """Probe a base in evaluation mode and leave it with the attention that was found right.
 
     Returns {"head": largest relative difference, "attention": same, of a padded batch to each example alone, or None, "packs": bool,
-    "implementation": name}, and "why" where attention stayed the model's own. Encoder-decoders keep one example a row.
+    "shares": bool, "implementation": name}, and "why" where attention stayed the model's own. Encoder-decoders keep one example a row.
     Raises Incompatible where the head is not understood.
     """
     lm, seq2seq = base.model, base.anatomy.kind == "encoder_decoder"
     examples = _examples(base)
     alone = [_seq2seq(lm, [e])[0] if seq2seq else _hidden(lm, e[None])[0] for e in examples]
-    out: dict[str, Any] = {"head": _head(base, examples[0], alone[0]), "attention": None, "packs": False}
+    out: dict[str, Any] = {"head": _head(base, examples[0], alone[0]), "attention": None, "packs": False, "shares": False}
     own = {id(c): c._attn_implementation for c in configs(lm)}
     use(lm, attention.NAME)
     try:
@@ -42,6 +43,7 @@ def run(base: Base) -> dict[str, Any]:
         if out["attention"] > _tolerance(lm):
             raise Incompatible(f"padding changes hidden states under our attention (difference {out['attention']:.2g})")
         out["packs"] = not seq2seq and _packs(lm, examples, alone, _first(base))
+        out["shares"] = out["packs"] and base.anatomy.kind == "decoder" and _shares(lm, examples, _first(base))
     except (Incompatible, TypeError, ValueError, RuntimeError) as e:  # a family whose attention does not go through transformers' interface
         out["why"] = str(e).splitlines()[0]
         for c in configs(lm):
@@ -84,6 +86,15 @@ def _packs(lm: Any, examples: list[Tensor], alone: list[Tensor], first: int) -> 
     other = examples[0].roll(1)
     one, two = (_hidden(lm, torch.cat([e, examples[1]])[None], _segments(packed=True), first)[0, len(e) :] for e in (examples[0], other))
     return torch.equal(one, two) and _difference(one, alone[1]) <= _tolerance(lm)
+
+
+def _shares(lm: Any, examples: list[Tensor], first: int) -> bool:
+    """Let two texts go on from one beginning: changing one must not move the other by one bit, and that must equal itself with the beginning, alone."""
+    (before, after), n = examples, 3
+    segments = Segments(torch.zeros(3).long(), torch.tensor([0, len(before), len(before) + n]), torch.tensor([len(before), n, len(after)]), (), FIRST)
+    one, two = (_hidden(lm, torch.cat([before, e, after])[None], segments, first)[0, len(before) + n :] for e in (before[:n], before[-n:]))
+    alone = _hidden(lm, torch.cat([before, after])[None])[0, len(before) :]
+    return torch.equal(one, two) and _difference(one, alone) <= _tolerance(lm)
 
 
 def _hidden(lm: Any, ids_BT: Tensor, segments: Segments | None = None, first: int = 0) -> Tensor:

@@ -6,13 +6,13 @@ A soft prompt is never a token id, so it cannot meet a vocabulary, a mask of tra
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from .core import PACKED_MULTIPLE, PADDED_MULTIPLE, Base, Incompatible, Segments, Stream, round_up
+from .core import PACKED_MULTIPLE, PADDED_MULTIPLE, Base, Incompatible, Stream, round_up
 from .plugins import Range, within_ranges
 
 
@@ -55,7 +55,7 @@ def make_room(stream: Stream, lengths: Sequence[int], pad: int) -> Longer:
     width = round_up(int((used + added).max()), PACKED_MULTIPLE if packed else PADDED_MULTIPLE)
     before = [int(room[(old.row == b) & (old.start < t)].sum()) for b, t in zip(old.row.tolist(), old.start.tolist(), strict=True)]
     start = old.start + torch.tensor(before)
-    new = Segments(old.row, start, room + old.length)
+    new = replace(old, start=start, length=room + old.length)
     take = torch.full((B, width), -1, dtype=torch.long)  # which old position each new one shows
     back = torch.zeros(B, T, dtype=torch.long)
     slots = {}

@@ -92,7 +92,7 @@ def logps(policy: Policy, examples: Sequence[Row], *, tokens: int, packed: bool,
     """Log-probability of each example's answer under what serves now, in their order; in forwards of about ``tokens`` positions."""
     place = {id(e): i for i, e in enumerate(examples)}
     out = [0.0] * len(examples)
-    groups, size = group(examples, tokens, packed), policy.place.size
+    groups, size = group(examples, tokens, packed, together=True), policy.place.size
 
     def work(some: Sequence[list[Row]]) -> list[list[float]]:
         done, got = 0, []

@@ -274,10 +274,13 @@ class Log:
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """Faster forms with the same results, each used where it was found equal to the plain one; off: the plain one."""
+    """Faster forms with the same results, and what is computed once instead of several times; off: the plain form."""
 
     lora: Literal["auto", "off"] = "auto"
     """LoRA fused with the products of its linears: query, key, value together, gate and up together, and the others one by one."""
+    share_prompts: Literal["auto", "on", "off"] = "auto"
+    """Compute what examples of a packed row begin with once for all of them, as the prompt of a pair's two answers. auto: where that saves enough; on: wherever
+    anything is shared, and refuse a model that cannot."""
 
 
 @dataclass(frozen=True, kw_only=True)

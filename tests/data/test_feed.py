@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -219,3 +220,16 @@ def test_a_million_rows_are_planned_in_seconds() -> None:
         next(f)
     assert time.perf_counter() - start < 10
     assert f.steps > 40_000
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_rows_that_begin_alike_lie_side_by_side_and_every_row_is_dealt_once(size: int) -> None:
+    begin = [np.arange(b, b + 20, dtype=np.int32) for b in (60, 5, 40)]
+    rows = [Row(np.concatenate([begin[i % 3], np.array([i + 3] * (1 + i % 4), dtype=np.int32)]), np.arange(21 + i % 4) >= 20, str(i)) for i in range(24)]
+    dealt = [next(feed(rows, packed=True, batch_examples=24, micro_tokens=96, epochs=1.0, rank=rank, size=size, together=True)) for rank in range(size)]
+    assert sorted(w for step in dealt for b in step for w in b.where if w.isdigit()) == sorted(map(str, range(24)))
+    prompts = [[int(w) % 3 for b in step for w in b.where if w.isdigit()] for step in dealt]
+    for order in prompts:
+        assert sum(a != b for a, b in pairwise(order)) == len(set(order)) - 1  # each prompt in one stretch
+    assert all(len(b.ids[0]) <= 96 + 32 for step in dealt for b in step)
+    assert max(b.segments.alike[0].tokens for step in dealt for b in step if b.segments.alike) == 20

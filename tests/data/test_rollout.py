@@ -358,3 +358,24 @@ def test_other_prompts_seeds_and_rollouts_are_refused(other):
     next(made)
     with pytest.raises(LuthierError, match=r"cannot resume: (seed|prompts|of_a_rollout) was .* when the checkpoint was written and is .* now"):
         feed(policy_of(), **other).load_state_dict(saved(made.state_dict()))
+
+
+@pytest.mark.parametrize("objective", [replace(GRPO, samples=4, minibatches=1), replace(PPO, samples=3, minibatches=1, value_warmup=0)])
+def test_the_answers_to_a_prompt_share_it_when_they_are_read_and_when_they_are_learned(objective):
+    """Positions that the model saw, with equal losses."""
+    found = {}
+    for how in ("off", "on"):
+        policy = policy_of(value="own" if isinstance(objective, Ppo) else None)
+        policy.share_prompts = how
+        rng = np.random.default_rng(0)
+        asked = [Row(rng.integers(3, tiny.V, 30).astype(np.int32), np.zeros(30, dtype=bool), str(i), {"task": {"prompt": "?"}}) for i in range(4)]
+        rollouts = feed(policy, objective, asked, micro_tokens=300)
+        if not isinstance(objective, Ppo):
+            voices.keep_reference(policy, policy.method)
+        seen = []
+        hook = policy.lm.base_model.register_forward_pre_hook(lambda m, a, k, seen=seen: seen.append(k["input_ids"].shape[1]), with_kwargs=True)
+        losses = [sum(float(v.detach()) for b in step for v in objective.loss(policy, b).sums.values()) for step in (next(rollouts), next(rollouts))]
+        hook.remove()
+        found[how] = losses, sum(n for n in seen if n > 30)  # forwards of whole examples, not the tokens that are sampled one by one
+    np.testing.assert_allclose(found["on"][0], found["off"][0], rtol=2e-4, atol=2e-5)
+    assert found["on"][1] < 0.7 * found["off"][1]

@@ -15,6 +15,7 @@ import torch
 
 from ..core import Batch, LuthierError, Row
 from .order import Chunk, Epochs, Order
+from .rows import by_beginning
 
 IDLE = "(nothing: fewer rows than ranks)"
 Collate = Callable[..., Batch]  # (rows, *, pad, packed)
@@ -40,12 +41,14 @@ class Batches:
         rank: int = 0,
         size: int = 1,
         device: torch.device | None = None,
+        together: bool = False,
     ) -> None:
-        """``order``: instead of ``rows``, which are then not looked at. Raises LuthierError without rows, and without ``steps`` for an order of no length."""
+        """``order``: instead of ``rows``, which are then not looked at. ``together``: rows of a step that begin alike lie
+        side by side. Raises LuthierError without rows, and without ``steps`` for an order of no length."""
         self.order: Order = Epochs(rows, seed) if order is None else order
         self.collate, self.pad, self.packed = collate, pad, packed
         self.batch_tokens, self.batch_examples, self.micro_tokens = batch_tokens, batch_examples, micro_tokens
-        self.seed, self.rank, self.size, self.device = seed, rank, size, device
+        self.seed, self.rank, self.size, self.device, self.together = seed, rank, size, device, together
         if steps is None and self.order.epoch_rows is None:
             raise LuthierError("optim.steps: must be given: a stream is read as it is drawn, so nobody knows how many steps an epoch of it has")
         self.total_rows = None if steps is not None else max(1, round(epochs * (self.order.epoch_rows or 0)))
@@ -135,7 +138,7 @@ class Batches:
     def _mine(self, step: _Chosen) -> list[list[Row]]:
         """This rank's micro-batches of a step. They are dealt by length, and every rank gets as many micro-batches as the one that needs most."""
         by_length = np.argsort(step.lengths, kind="stable")
-        hands = [self._cut(by_length[rank :: self.size], step) for rank in range(self.size)]
+        hands = [self._cut(places, step) for places in (self._beginnings(step) if self.together else [by_length[r :: self.size] for r in range(self.size)])]
         wanted = max(len(hand) for hand in hands)
         mine = hands[self.rank]
         while len(mine) < wanted and any(len(m) > 1 for m in mine):
@@ -148,8 +151,14 @@ class Batches:
         idle = replace(shortest, train=np.zeros(len(shortest), dtype=bool), where=IDLE)
         return batches + [[idle] for _ in range(wanted - len(batches))]
 
+    def _beginnings(self, step: _Chosen) -> list[np.ndarray]:
+        """The places of a step for each rank, those of rows that begin alike side by side: as many tokens for each as that allows."""
+        order = np.array(by_beginning([step.row(i) for i in range(len(step.lengths))]))
+        ends = np.cumsum(step.lengths[order])
+        return np.split(order, np.searchsorted(ends, ends[-1] * np.arange(1, self.size) / self.size))
+
     def _cut(self, places: np.ndarray, step: _Chosen) -> list[np.ndarray]:
-        """Cut rows of a step, sorted by length, into micro-batches of at most ``micro_tokens`` positions, padding to the longest included, on both sides."""
+        """Cut rows of a step, in their order, into micro-batches of at most ``micro_tokens`` positions, padding to the longest included, on both sides."""
         cuts, start, total, examples, longest = [], 0, 0, 0, (0, 0)
         for i, place in enumerate(places.tolist()):
             n, own, source = step.widest[place].tolist()

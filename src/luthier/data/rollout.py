@@ -21,7 +21,7 @@ from ..core import Answer, Batch, LuthierError, Policy, Rewarded, Row, answered_
 from ..nn.rewarded import correlation, divergence, repetition
 from .feed import Batches
 from .replay import counted_as
-from .rows import sides
+from .rows import by_beginning, sides
 
 Judge = Callable[[Sequence[Answer]], None]  # fills scores and score
 DISAGREE = 0.1  # mean difference in nats of one token's log-probability, sampled and read again, at which something is wrong
@@ -146,10 +146,10 @@ def read(
 
 
 def _groups(rows: Sequence[Row], tokens: int, packed: bool) -> list[list[int]]:
-    """Numbers of rows of like length, in groups of at most ``tokens`` positions, padding included."""
+    """Numbers of rows of like length, or where they are packed of like beginnings, in groups of at most ``tokens`` positions, padding included."""
     out: list[list[int]] = []
     total = 0
-    for i in sorted(range(len(rows)), key=lambda i: sum(sides(rows[i]))):
+    for i in by_beginning(rows) if packed else sorted(range(len(rows)), key=lambda i: sum(sides(rows[i]))):
         n = sum(sides(rows[i]))
         width = total + n if packed else (len(out[-1]) + 1) * n if out else 0
         if not out or width > tokens:
@@ -302,6 +302,7 @@ class Rollouts:
             seed=self.seed * 100_003 + self.rollout,
             rank=0 if ranks is None else ranks.rank,
             size=1 if ranks is None else ranks.size,
+            together=self.packed,  # the answers to a prompt
         )
 
     # --- going on ---
