@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from rich.console import Console
 
@@ -12,47 +12,45 @@ from .driver import mean
 from .workload import Workload
 
 PLAIN = "ours, all of speed off"
+OFF = ("off", "no", False)
 
 
 def variants(work: Workload) -> dict[str, dict[str, Any]]:
     """Settings of ours by column. One column where this version has no switches."""
     base = ours.settings(work)
     out = {ours.OURS: base}
-    default = _defaults()
-    for name, value in default.items():
-        for other in _others(value):
-            out[f"ours, speed.{name}={_said(other)}"] = base | {"speed": {name: other}}
+    for name, (value, choices) in _fields().items():
+        for other in choices:
+            if other != value:
+                out[f"ours, speed.{name}={said(other)}"] = base | {"speed": {name: other}}
     if (off := plain()) is not None:
         out[PLAIN] = base | {"speed": off}
-    return out
+    return out if len(out) > 3 else {c: s for c, s in out.items() if c != PLAIN}  # one switch: off is the plain form
 
 
 def plain() -> dict[str, Any] | None:
     """The settings of `speed` with everything off; None where this version has no such section."""
-    default = _defaults()
-    return {name: _off(value) for name, value in default.items()} or None
+    return {name: next((c for c in choices if c in OFF), value) for name, (value, choices) in _fields().items()} or None
 
 
-def _defaults() -> dict[str, Any]:
+def _fields() -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """The switches of `speed`: what each is by default, and what it may be."""
     from luthier.run import Run
 
     speed = getattr(Run(), "speed", None)
-    return {f.name: getattr(speed, f.name) for f in fields(speed)} if is_dataclass(speed) else {}
+    if not is_dataclass(speed):
+        return {}
+    hints = get_type_hints(type(speed))
+    return {f.name: (getattr(speed, f.name), _choices(hints[f.name])) for f in fields(speed)}
 
 
-def _off(value: Any) -> Any:
-    return False if isinstance(value, bool) else "no" if isinstance(value, str) else value
+def _choices(hint: Any) -> tuple[Any, ...]:
+    return (True, False) if hint is bool else tuple(c for c in get_args(hint) if isinstance(c, str | bool))
 
 
-def _others(value: Any) -> list[Any]:
-    """The other way round: off for what is on (or left to the program), on for what is off."""
-    if isinstance(value, bool):
-        return [not value]
-    return ["no"] if value in ("auto", "yes") else ["yes"] if value == "no" else []
-
-
-def _said(value: Any) -> str:
-    return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+def said(value: Any) -> str:
+    """A setting's value as a run file has it."""
+    return ("yes" if value else "no") if isinstance(value, bool) else str(value)
 
 
 def rows(result: dict[str, Any]) -> report.Rows:
