@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as hf_logging
 
-from . import adapter, attention, codes, probe, quantised, vocabulary, voices
+from . import adapter, attention, codes, probe, quantised, speed, vocabulary, voices
 from .anatomy import Anatomy, cast, max_positions, numbers
 from .core import Base, Incompatible, LuthierError, Method, Objective, Place, Precision
 from .hub import fingerprint, locate
@@ -193,6 +193,7 @@ def assemble(run: Run, base: Base | None = None, *, name: str = "default") -> tu
         adapter.start_from(policy, method.from_)  # type: ignore[attr-defined]
     if "rollouts" in objective.needs:
         give_voices(policy, method, objective)
+    speed.install(policy, run.speed)
     if run.recompute == "blocks":
         base.model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": restoring})
     if base.model.device.type != "meta":

@@ -273,6 +273,14 @@ class Log:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Faster forms with the same results, each used where it was found equal to the plain one; off: the plain one."""
+
+    lora: Literal["auto", "off"] = "auto"
+    """LoRA fused with the products of its linears: query, key, value together, gate and up together, and the others one by one."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Run:
     """A whole run: model x method x objective x precision x place, the data, and how it is trained and judged."""
 
@@ -296,6 +304,8 @@ class Run:
     """What is kept."""
     log: Log = Log()
     """Where metrics go."""
+    speed: Speed = Speed()
+    """Which faster forms are used."""
     tokens: tuple[str, ...] = ()
     """Tokens to add to the vocabulary, for example [<tool>]; their rows are trained and saved with the delta, whatever the method."""
     seed: Annotated[int, Range(0)] = 0

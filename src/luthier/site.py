@@ -8,7 +8,7 @@ context manager around the forward would be gone by then, and the gradients sile
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .core import Incompatible, Segments
 
 Route = str | None | tuple[str | None, ...]
+Faster = Callable[[Tensor, str], Tensor | None]  # (x, a route that serves all examples) -> what the Site would give, or None: not now
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +84,10 @@ class Edit(nn.Module):
         """Change the module's output: x (..., in) as the module saw it, y (..., out)."""
         return y
 
+    def term(self) -> tuple[Tensor, Tensor, float] | None:
+        """(A (r, in), B (out, r), s) where all that this edit does now is to add s (x A') B' to the output; else None."""
+        return None
+
     def fold(self, weight: Tensor) -> Tensor | None:
         """The weight (out, in) with this edit written in, or None where that is impossible."""
         return None
@@ -100,6 +105,7 @@ class Site(nn.Module):
         self.base = base
         self.edits = nn.ModuleDict()
         self.active: str | None = None  # what serves a forward that runs outside any frame
+        self.faster: Faster | None = None  # the same in fewer operations, where there is such a form
 
     def __getattr__(self, name: str) -> Any:
         # Models read weight, bias or in_features of their own linears: those stay the base's.
@@ -113,6 +119,8 @@ class Site(nn.Module):
         route = self.active if frame is None else frame.route
         if route is None or not self.edits:
             return self.base(x, *args, **kwargs)
+        if self.faster is not None and isinstance(route, str) and not args and not kwargs and (y := self.faster(x, route)) is not None:
+            return y
         if isinstance(route, tuple):
             return self._mixed(frame, route, x, *args, **kwargs)  # type: ignore[arg-type]
         edits: list[Edit] = [self.edits[n] for n in members(route) if n in self.edits]  # type: ignore[misc]

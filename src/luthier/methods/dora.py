@@ -62,6 +62,9 @@ class DoraEdit(lora.LoraEdit):
         low = nn.functional.linear(nn.functional.linear(h, a.to(x.dtype)), b.to(x.dtype))
         return y + (ratio - 1).to(x.dtype) * (self.less_bias(y) if h is x else self.plain(h)) + (self.scale * ratio).to(x.dtype) * low
 
+    def term(self) -> None:
+        return None  # the lengths multiply the base's output too
+
     def fold(self, weight: Tensor) -> Tensor:
         return (self.magnitude / self.norms())[:, None] * super().fold(weight)
 

@@ -71,6 +71,9 @@ class LoraEdit(Edit):
         a, b = self.factors()
         return torch.add(y, linear(linear(self.dropped(x), a.to(x.dtype)), b.to(x.dtype)), alpha=self.scale)
 
+    def term(self) -> tuple[Tensor, Tensor, float] | None:
+        return None if self.dropout and self.training else (*self.factors(), self.scale)
+
     def fold(self, weight: Tensor) -> Tensor:
         a, b = self.factors()
         return weight + self.scale * (b.to(weight) @ a.to(weight))

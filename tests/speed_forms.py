@@ -1,0 +1,61 @@
+"""A policy with random factors, and its loss and gradients: in the plain form and in the faster ones."""
+
+from __future__ import annotations
+
+import torch
+
+import tiny
+from luthier import speed
+from luthier.objectives.sft import Objective
+from luthier.policy import Policy
+from luthier.run import Speed
+from luthier.site import restoring
+
+OFF = Speed(**dict.fromkeys(Speed.__dataclass_fields__, "off"))
+
+
+def only(**what) -> Speed:
+    """These settings, and off for the rest."""
+    return Speed(**dict.fromkeys(Speed.__dataclass_fields__, "off") | what)
+
+
+def policy_on(base, method, *, dtype=torch.float32, name="default", recompute=False) -> Policy:
+    """A method on a tiny base, its parameters random."""
+    base.model.to(dtype)
+    policy = Policy(base, method.attach(base, name), method=method, name=name)
+    tiny.randomise(policy.delta.params)
+    if recompute:
+        base.model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": restoring})
+    return policy
+
+
+def batch_for(policy, n=5, seed=0):
+    """Packed where the base packs."""
+    rows = tiny.pairs("t5", n, seed) if policy.base.anatomy.kind == "encoder_decoder" else tiny.rows(n, seed=seed)
+    return Objective().collate(rows, pad=0, packed=policy.base.packs)
+
+
+def gradients(policy, settings, *batches, route=None):
+    """(loss, gradients by name) over micro-batches under these settings."""
+    notes = speed.install(policy, settings)
+    policy.train()
+    total = 0.0
+    for batch in batches or [batch_for(policy)]:
+        batch.route = route
+        torch.manual_seed(0)
+        hidden = policy.hidden(batch).flatten(0, 1)
+        weight = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))
+        loss = (hidden.float() - weight).square().mean()
+        loss.backward()
+        total += float(loss.detach())
+    found = {n: p.grad for n, p in policy.trained().items()}
+    for p in policy.trained().values():
+        p.grad = None
+    return total, found, notes
+
+
+def apart(a, b) -> float:
+    """The distance of two sets of gradients, relative to the length of the first."""
+    assert a.keys() == b.keys() and all(g is not None and bool(g.any()) for g in a.values())
+    far = sum(float((b[n].double() - g.double()).norm() ** 2) for n, g in a.items())
+    return (far / sum(float(g.double().norm() ** 2) for g in a.values())) ** 0.5
