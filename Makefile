@@ -1,10 +1,10 @@
-# make demo | make test | make check | make bench | make results | make matrix: each sets up .venv by itself where it is missing or out of date.
+# make demo | make test | make check | make bench | make bench-long | make results | make matrix: each sets up .venv by itself where it is missing or out of date.
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test check bench results matrix
+.PHONY: demo test check bench bench-long results matrix
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -20,8 +20,14 @@ check: $(READY)
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest tests/test_imports.py
 
+# An idle machine; under 20 minutes on two cores. Both say first how many they expect, and write docs/benchmarks.md after every workload.
 bench: $(READY)
-	@$(BIN)/python -m benchmarks
+	@$(BIN)/python -m benchmarks --write
+
+bench-long: $(READY)
+	@$(BIN)/python -m benchmarks --long --write
+	@$(BIN)/python -m benchmarks --ab --write
+	@$(BIN)/python -m benchmarks.growth --write
 
 results: $(READY)
 	@$(BIN)/python -m benchmarks.e2e

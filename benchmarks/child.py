@@ -5,46 +5,47 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from . import ours, reference, trl_peft
+from . import evaluated, ours, peers, reference
+from .gradients import Sink
 from .meter import Meter
-from .workload import from_json
-
-PEERS = {"ours": ours.run, "trl": trl_peft.run}
+from .workload import Workload, from_json
 
 
 def main(job: dict[str, Any]) -> None:
     """Do it, and write down what happened."""
     work, folder = from_json(job["workload"]), Path(job["folder"])
     steps = json.loads((folder / "examples.json").read_text())[: work.steps]
-    grads: dict[str, Any] = {}
     result: dict[str, Any]
-    if job["peer"] == "reference":
-        loss, grads = reference.first_step(work, folder, steps[0])
-        result = {"loss": loss}
-    elif job["peer"] == "tune":
-        result = {"tried": {name: _tried(work, folder, steps, settings) for name, settings in job["candidates"].items()}}
-    else:
-        meter = Meter(job["started"])
-        grads = PEERS[job["peer"]](work, folder, steps, job["settings"], meter, job["grads"] is not None)
-        result = meter.result()
-    if job["grads"] is not None:
-        from safetensors.torch import save_file
-
-        save_file({n: g.contiguous() for n, g in grads.items()}, job["grads"])
+    with Sink(Path(job["grads"])) if job["grads"] else nullcontext() as sink:
+        if job["peer"] == "reference":
+            assert sink is not None
+            result = {"loss": reference.first_step(work, folder, steps[0], sink)}
+        elif job["peer"] == "tune":
+            result = {"tried": {name: _tried(work, folder, steps, settings) for name, settings in job["candidates"].items()}}
+        elif job["peer"] == "evaluated":
+            result = evaluated.check(work, folder, steps, job["settings"], job["of"])
+        else:
+            meter = Meter(job["started"])
+            runs = ours.run if job["peer"] == "ours" else peers.of(work).run
+            runs(work, folder, steps, job["settings"], meter, sink)
+            result = meter.result()
     Path(job["out"]).write_text(json.dumps(result))
 
 
-def _tried(work: Any, folder: Path, steps: list[list[dict[str, Any]]], settings: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of the steps after the first, or why it does not run: a setting that fails is a finding, not an end."""
+def _tried(work: Workload, folder: Path, steps: list[list[dict[str, Any]]], settings: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of the steps after the first, a reference's share in them, or why it does not run: a setting that fails is a finding, not an end."""
     meter = Meter(time.time())
     try:
-        trl_peft.run(work, folder, steps, settings, meter, False)
-    except (ValueError, RuntimeError, TypeError) as e:
-        return {"error": f"{type(e).__name__}: {str(e).splitlines()[0][:200]}"}
-    return {"seconds": sum(s["seconds"] for s in meter.steps[1:]), "loss": float(meter.steps[0]["loss"])}
+        peers.of(work).run(work, folder, steps, settings, meter, None)
+    except Exception as e:
+        return {"error": f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:200]}"}
+    later = meter.steps[1:]
+    share = meter.reference_s / len(meter.steps) * len(later)
+    return {"seconds": sum(s["seconds"] for s in later) + share, "loss": float(meter.steps[0]["loss"])}
 
 
 if __name__ == "__main__":

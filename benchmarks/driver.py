@@ -1,146 +1,201 @@
-"""Runs the peers in turn, each in a process of its own, and holds their first step against the reference."""
+"""Runs the columns in turn, each in a process of its own, and holds their first step against the reference."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection
+import warnings
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from . import machine, ours, trl_peft, workload
+from . import examples, gradients, limit, machine, models, ours, peers
+from .examples import Row
 from .machine import Rates
+from .ours import OURS
 from .workload import Workload
 
 ROOT = Path(__file__).parents[1]
 LOSS_TOLERANCE = 2e-3  # relative, of step 1
-COSINE = 0.999  # at least, of all adapter gradients of step 1
+COSINE = 0.999  # at least, of all gradients of step 1
 STEADY = 0.05  # the GEMM rate may move by that much around a process
-TUNE_STEPS = 3
+QUIET = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
 Say = Callable[[str], None]
 
 
 class ChildFailed(RuntimeError):
     """A peer's process did not end well; carries the end of what it printed."""
 
+    def __init__(self, what: str, log: str) -> None:
+        lines = [line for line in log.splitlines() if line.strip()]
+        self.why = next((line for line in reversed(lines) if "Error" in line), lines[-1] if lines else "")[:300]
+        super().__init__(what + "\n" + "\n".join(lines[-25:]))
 
-def child(folder: Path, work: Workload, peer: str, *, grads: Path | None = None, **more: Any) -> dict[str, Any]:
-    """Run one peer in a process of its own. Raises ChildFailed."""
+
+def child(folder: Path, work: Workload, peer: str, *, grads: Path | None = None, here: bool = False, **more: Any) -> dict[str, Any]:
+    """Run one peer in a process of its own. Raises ChildFailed. ``here``: in this process, which is quicker where nothing is measured."""
     job, out, log = folder / "job.json", folder / "out.json", folder / "log.txt"
     out.unlink(missing_ok=True)
-    path = [str(ROOT), str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    env = os.environ | {
-        "PYTHONPATH": os.pathsep.join(path),
-        "OMP_NUM_THREADS": str(work.threads),
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
     fields = {"workload": asdict(work), "folder": str(folder), "peer": peer, "out": str(out), "grads": grads and str(grads), "started": time.time(), **more}
     job.write_text(json.dumps(fields))
+    what = f"{peer} on {work.name!r}"
     with log.open("w") as f:
-        done = subprocess.run([sys.executable, "-m", "benchmarks.child", str(job)], cwd=ROOT, env=env, stdout=f, stderr=subprocess.STDOUT, check=False)
-    if done.returncode or not out.is_file():
-        raise ChildFailed(f"{peer} on {work.name!r} ended with {done.returncode}:\n" + "\n".join(log.read_text().splitlines()[-25:]))
+        if here:
+            _here(fields, what, f)
+        else:
+            command = [sys.executable, "-m", "benchmarks.child", str(job)]
+            done = subprocess.run(command, cwd=ROOT, env=_environment(work), stdout=f, stderr=subprocess.STDOUT, check=False)
+            if done.returncode or not out.is_file():
+                raise ChildFailed(f"{what} ended with {done.returncode}:", log.read_text(errors="replace"))
     return json.loads(out.read_text())
 
 
-def bench(work: Workload, *, repetitions: int, idle_s: float, say: Say, try_only: Collection[str] | None = None) -> dict[str, Any]:
-    """One workload: reference, tuning of the peer, then every peer ``repetitions`` times in alternating order, its first step gated.
+def _environment(work: Workload) -> dict[str, str]:
+    path = [str(ROOT), str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": str(work.threads), "CUDA_VISIBLE_DEVICES": ""} | QUIET
 
-    ``try_only``: the tuning candidates, where not all.
+
+def _here(job: dict[str, Any], what: str, log: Any) -> None:
+    from . import child
+
+    os.environ.update(QUIET)
+    with redirect_stdout(log), redirect_stderr(log), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            child.main(job)
+        except Exception as e:
+            raise ChildFailed(f"{what} ended:", f"{type(e).__name__}: {e}") from e
+
+
+def bench(
+    work: Workload, *, repetitions: int, idle_s: float, say: Say, quick: bool = False, variants: dict[str, dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    """One workload: reference, tuning of the peer, then every column ``repetitions`` times in alternating order, its first step gated.
+
+    ``quick``: nothing is tuned, the first candidate stands for the best, and no column gets a process. ``variants``: of ours, by column, instead of the peers.
     """
     with tempfile.TemporaryDirectory(prefix="luthier-bench-") as name:
         folder = Path(name)
-        lengths = workload.write(work, folder)
-        steps = json.loads((folder / "examples.json").read_text())
-        counts = workload.counts(steps)
+        lengths = models.write(work, folder)
+        steps: list[list[Row]] = json.loads((folder / "examples.json").read_text())
         notes: list[str] = []
 
         def idle() -> None:
-            note = machine.wait_idle(idle_s)
+            note = machine.wait_idle(idle_s) if idle_s else None
             if note and note.split("(")[0] not in (n.split("(")[0] for n in notes):
                 notes.append(note)
 
         say(f"{work.name}: fp32 reference")
-        reference = child(folder, work, "reference", grads=folder / "reference.safetensors")
-        idle()
-        say(f"{work.name}: tuning TRL + PEFT")
-        few = replace(work, steps=min(TUNE_STEPS, work.steps))
-        choices = {name: s for name, s in trl_peft.candidates(work.examples).items() if try_only is None or name in try_only}
-        tried = child(folder, few, "tune", candidates=choices)["tried"]
-        best = fastest(tried, choices, reference["loss"])
-        peers = {
-            "ours": ("ours", ours.SETTINGS),
-            "TRL + PEFT as it comes": ("trl", trl_peft.AS_IT_COMES),
-            "TRL + PEFT tuned": ("trl", choices[best]),
+        want = folder / "reference.bin"
+        loss = child(folder, work, "reference", grads=want, here=quick)["loss"]
+        columns: dict[str, dict[str, Any]] = {
+            c: {"kind": "ours", "settings": s, "runs": []} for c, s in (ours.columns(work) if variants is None else variants).items()
         }
-        columns: dict[str, dict[str, Any]] = {p: {"runs": []} for p in peers}
+        tuning = None
+        if variants is None:
+            idle()
+            say(f"{work.name}: tuning {peers.of(work).name(work)}")
+            tuning, theirs = tuned(work, folder, loss, quick)
+            columns |= {c: {"kind": "peer", "settings": s, "runs": []} for c, s in theirs.items()}
         for repetition in range(repetitions):
-            for peer in list(peers) if repetition % 2 == 0 else list(peers)[::-1]:
-                kind, settings = peers[peer]
+            for column in list(columns) if repetition % 2 == 0 else list(columns)[::-1]:
+                c = columns[column]
+                if "error" in c:
+                    continue
                 idle()
-                say(f"{work.name}: {peer}, {repetition + 1} of {repetitions}")
-                grads = folder / f"{list(peers).index(peer)}.safetensors" if repetition == 0 else None
-                columns[peer]["runs"].append(measured(folder, work, kind, settings, steps, grads))
+                say(f"{work.name}: {column}, {repetition + 1} of {repetitions}")
+                grads = folder / "column.bin" if repetition == 0 else None
+                try:
+                    c["runs"].append(measured(folder, work, c["kind"], c["settings"], steps, grads, here=quick))
+                except ChildFailed as e:
+                    if c["kind"] == "ours":
+                        raise
+                    c["error"] = e.why  # a peer that refuses is a finding
+                    continue
                 if grads is not None:
-                    columns[peer]["gate"] = gate(columns[peer]["runs"][0], reference["loss"], grads, folder / "reference.safetensors")
-        runs = [run for column in columns.values() for run in column["runs"]]
-        rate = reduce(Rates.best, (Rates(**g) for run in runs for g in run["gemm"]))  # one for all columns
-        for run in runs:
+                    c["gate"] = gate(c["runs"][0], loss, grads, want)
+        return _result(work, columns, steps, tuning, {"lengths": lengths, "reference_loss": loss, "notes": notes, "quick": quick})
+
+
+def tuned(work: Workload, folder: Path, loss: float, quick: bool) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """What was tried, and the settings of the peer's two columns. Raises ChildFailed where none of them runs."""
+    peer = peers.of(work)
+    choices = peer.candidates(work)
+    choices = dict(list(choices.items())[: work.tries or None])
+    few = replace(work, steps=min(work.tune_steps, work.steps))
+    tried = {} if quick else child(folder, few, "tune", candidates=choices)["tried"]
+    best = next(iter(choices)) if quick else fastest(tried, choices, loss)
+    columns = {f"{peer.name(work)} as it comes": peer.AS_IT_COMES, f"{peer.name(work)} tuned": choices[best]}
+    return {"steps": few.steps, "tried": tried, "chosen": best, "unequal": {c: s["why"] for c, s in choices.items() if not s.get("equal", True)}}, columns
+
+
+def fastest(tried: dict[str, dict[str, Any]], choices: dict[str, dict[str, Any]], reference_loss: float) -> str:
+    """The candidate of least time that does equal work, its loss included. Raises ChildFailed where none runs."""
+    fit = {
+        name: t["seconds"]
+        for name, t in tried.items()
+        if "seconds" in t and choices[name].get("equal", True) and abs(t["loss"] / reference_loss - 1) <= LOSS_TOLERANCE
+    }
+    if not fit:
+        raise ChildFailed("no setting of the peer ran with the reference's loss:", json.dumps(tried))
+    return min(fit, key=fit.__getitem__)
+
+
+def _result(work: Workload, columns: dict[str, dict[str, Any]], steps: list[list[Row]], tuning: Any, more: dict[str, Any]) -> dict[str, Any]:
+    """As JSON: what was run, and its figures over one rate of the machine for all columns."""
+    rate = reduce(Rates.best, (Rates(**g) for c in columns.values() for run in c["runs"] for g in run["gemm"]))
+    for c in columns.values():
+        for run in c["runs"]:
             run["summary"] = summary(work, run, steps, rate)
-        columns["ours"]["settings"] = {**ours.SETTINGS, "optimizer": f"AdamW, lr {work.lr:g}, flat fp32 buffers"}
-        for peer in list(peers)[1:]:
-            columns[peer]["settings"] = {**peers[peer][1], "SFTConfig": trl_peft.configuration(work, peers[peer][1])}
-        return {
-            "workload": {**asdict(work), "parameters": work.parameters, "lengths": lengths, "counts": counts},
-            "reference_loss": reference["loss"],
-            "rate": asdict(rate),
-            "tuning": {"steps": few.steps, "tried": tried, "chosen": best, "unequal": [c for c, s in choices.items() if not s.get("equal", True)]},
-            "columns": columns,
-            "passed": columns["ours"]["gate"]["passed"],
-            "loss_band": band(columns),
-            "notes": notes,
-        }
+        if c["kind"] == "peer":
+            c["settings"] = {**c["settings"], "configuration": peers.of(work).configuration(work, c["settings"])}
+    return {
+        "workload": {**asdict(work), "parameters": work.parameters, "counts": examples.counts(steps)},
+        "rate": asdict(rate),
+        "tuning": tuning,
+        "columns": columns,
+        "passed": all(c["gate"]["passed"] for c in columns.values() if c["kind"] == "ours"),
+        "loss_band": band(columns),
+        **more,
+    }
 
 
-def measured(folder: Path, work: Workload, kind: str, settings: dict[str, Any], steps: list[list[dict[str, Any]]], grads: Path | None) -> dict[str, Any]:
+def measured(folder: Path, work: Workload, kind: str, settings: dict[str, Any], steps: list[list[Row]], grads: Path | None, here: bool) -> dict[str, Any]:
     """One process, between two measurements of the machine. Raises ChildFailed where it did not do the work it was given."""
-    counts = workload.counts(steps)
+    counts = examples.counts(steps)
     tokens, labelled = (round(statistics.mean(c)) for c in zip(*counts, strict=True))
     before = machine.rates(work, tokens, labelled)
-    result = child(folder, work, kind, settings=settings, grads=grads)
+    result = child(folder, work, kind, settings=settings, grads=grads, here=here)
     after = machine.rates(work, tokens, labelled)
     did = [(s["tokens"], s["labelled"]) for s in result["steps"]]
     if did != counts:
-        raise ChildFailed(f"{kind} on {work.name!r} saw (tokens, labelled) {did[:3]}... where the workload has {counts[:3]}...")
+        raise ChildFailed(f"{kind} on {work.name!r}:", f"CountError: it saw (tokens, labelled) {did[:3]}... where the workload has {counts[:3]}...")
     return result | {"gemm": [asdict(before), asdict(after)], "moved": before.moved(after)}
 
 
-def summary(work: Workload, result: dict[str, Any], steps: list[list[dict[str, Any]]], rate: Rates) -> dict[str, float]:
-    """The figures of one process. Step 1 stands apart; the others count."""
+def summary(work: Workload, result: dict[str, Any], steps: list[list[Row]], rate: Rates) -> dict[str, float]:
+    """The figures of one process. Step 1 stands apart; the others count, each with its share of a reference that was computed before them."""
+    share = result["reference_s"] / len(steps)
     later = list(zip(result["steps"], steps, strict=True))[1:]
-    seconds = [s["seconds"] for s, _ in later]
-    limits = []
-    for s, rows in later:
-        flops = workload.useful(work, [len(r["ids"]) for r in rows], s["labelled"])
-        limits.append(rate.seconds(flops.linears, flops.head))
+    seconds = [s["seconds"] + share for s, _ in later]
+    limits = [rate.seconds(limit.useful(work, rows)) for _, rows in later]
+    per_second = lambda key: statistics.median(s[key] / t for (s, _), t in zip(later, seconds, strict=True))  # noqa: E731
     return {
         "step_min_s": min(seconds),
         "step_median_s": statistics.median(seconds),
-        "tokens_per_s": statistics.median(s["tokens"] / s["seconds"] for s, _ in later),
-        "labelled_per_s": statistics.median(s["labelled"] / s["seconds"] for s, _ in later),
+        "reference_share_s": share,
+        "tokens_per_s": per_second("tokens"),
+        "labelled_per_s": per_second("labelled"),
         "positions_per_token": sum(s["positions"] for s, _ in later) / sum(s["tokens"] for s, _ in later),
-        "distance": statistics.median(t / limit for t, limit in zip(seconds, limits, strict=True)),
+        "distance": statistics.median(t / best for t, best in zip(seconds, limits, strict=True)),
         "limit_median_s": statistics.median(limits),
         "startup_s": result["startup_s"],
         "import_s": result["import_s"],
@@ -154,49 +209,28 @@ def summary(work: Workload, result: dict[str, Any], steps: list[list[dict[str, A
 
 
 def gate(result: dict[str, Any], reference_loss: float, grads: Path, reference_grads: Path) -> dict[str, Any]:
-    """Step 1 against the fp32 reference: relative error of the loss, cosine of all adapter gradients, and the worst tensor's."""
-    from safetensors.torch import load_file
-
-    got, want = load_file(grads), load_file(reference_grads)
-    if set(got) != set(want):
-        raise ChildFailed(f"gradients are missing for {len(set(want) - set(got))} adapter tensors, for example {sorted(set(want) ^ set(got))[0]}")
+    """Step 1 against the fp32 reference: relative error of the loss, cosine of all gradients, and the worst tensor's."""
     error = abs(result["steps"][0]["loss"] / reference_loss - 1)
-    products = {n: [float((x.double() * y.double()).sum()) for x, y in ((got[n], want[n]), (got[n], got[n]), (want[n], want[n]))] for n in want}
-    together = [sum(p[i] for p in products.values()) for i in range(3)]
-    cosine = _cosine(*together)
-    return {
-        "loss": result["steps"][0]["loss"],
-        "loss_error": error,
-        "cosine": cosine,
-        "worst_cosine": min(_cosine(*p) for p in products.values()),
-        "passed": error <= LOSS_TOLERANCE and cosine > COSINE,
-    }
-
-
-def _cosine(xy: float, xx: float, yy: float) -> float:
-    return xy / math.sqrt(xx * yy) if xx and yy else 0.0
+    try:
+        cosine, worst = gradients.cosines(grads, reference_grads)
+        odd = ""
+    except gradients.Different as e:
+        cosine, worst, odd = 0.0, 0.0, str(e)
+    passed = error <= LOSS_TOLERANCE and cosine > COSINE
+    return {"loss": result["steps"][0]["loss"], "loss_error": error, "cosine": cosine, "worst_cosine": worst, "passed": passed, "odd": odd}
 
 
 def band(columns: dict[str, dict[str, Any]]) -> float:
-    """The largest relative distance between ours and any peer's loss at any step."""
-    curves = {p: [s["loss"] for s in c["runs"][0]["steps"]] for p, c in columns.items()}
-    return max(abs(a / b - 1) for p, curve in curves.items() if p != "ours" for a, b in zip(curves["ours"], curve, strict=True))
+    """The largest relative distance between ours and any other column's loss at any step."""
+    curves = [[s["loss"] for s in c["runs"][0]["steps"]] for c in columns.values() if c["runs"]]
+    return max((abs(a / b - 1) for curve in curves[1:] for a, b in zip(curves[0], curve, strict=True)), default=0.0)
 
 
-def shortlist(result: dict[str, Any], n: int = 3) -> list[str]:
-    """The fastest candidates of one workload, to be tried on the next: what is added to the linears does not turn their order round."""
-    t = result["tuning"]
-    fit = {name: got["seconds"] for name, got in t["tried"].items() if "seconds" in got and name not in t["unequal"]}
-    return sorted(fit, key=fit.__getitem__)[:n]
+def faster(result: dict[str, Any], column: str) -> float:
+    """Real tokens a second of ours over a column's, means of the repetitions."""
+    return mean(result["columns"][OURS], "tokens_per_s") / mean(result["columns"][column], "tokens_per_s")
 
 
-def fastest(tried: dict[str, dict[str, Any]], choices: dict[str, dict[str, Any]], reference_loss: float) -> str:
-    """The candidate of least time that does equal work, its loss included. Raises ChildFailed where none runs."""
-    fit = {
-        name: t["seconds"]
-        for name, t in tried.items()
-        if "seconds" in t and choices[name].get("equal", True) and abs(t["loss"] / reference_loss - 1) <= LOSS_TOLERANCE
-    }
-    if not fit:
-        raise ChildFailed(f"no setting of TRL + PEFT ran with the reference's loss: {json.dumps(tried)}")
-    return min(fit, key=fit.__getitem__)
+def mean(column: dict[str, Any], key: str) -> float:
+    """A figure over the repetitions."""
+    return statistics.mean(run["summary"][key] for run in column["runs"])

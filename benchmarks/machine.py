@@ -14,10 +14,11 @@ from typing import Any
 
 import psutil
 
-from .workload import LINEARS, Workload
+from .limit import Flops
+from .workload import Workload
 
 BUSY_PERCENT = 5.0  # of all cores; what idle means here
-PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate")
+PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes")
 
 
 def wait_idle(timeout_s: float) -> str | None:
@@ -35,32 +36,55 @@ class Rates:
 
     linears: float
     head: float
+    weights: float = 1.0  # g' x, where weights are trained
 
-    def seconds(self, linears: float, head: float) -> float:
-        """Time of that many operations at these rates."""
-        return linears / self.linears + head / self.head
+    def seconds(self, flops: Flops) -> float:
+        """Time of these operations at these rates."""
+        return flops.linears / self.linears + flops.head / self.head + flops.weights / self.weights
 
     def best(self, other: Rates) -> Rates:
         """The faster of two measurements: a disturbed one would make every distance to the limit look smaller than it is."""
-        return Rates(max(self.linears, other.linears), max(self.head, other.head))
+        return Rates(max(self.linears, other.linears), max(self.head, other.head), max(self.weights, other.weights))
 
     def moved(self, other: Rates) -> float:
         """The larger relative change from one measurement to the other."""
-        return max(abs(b / a - 1) for a, b in ((self.linears, other.linears), (self.head, other.head)))
+        return max(abs(b / a - 1) for a, b in zip(asdict(self).values(), asdict(other).values(), strict=True))
 
 
 def rates(work: Workload, tokens: int, labelled: int, repeats: int = 3) -> Rates:
-    """The best this machine does: forward x W' and backward g W, plain or with weights packed beforehand, whichever is faster."""
+    """The best this machine does: forward x W' and backward g W, plain or with weights packed beforehand, whichever is faster; g' x for trained weights."""
     import torch
 
     torch.set_num_threads(work.threads)
-    flops = seconds = 0.0
-    for k, n in [work.dims(name) for name in LINEARS]:
-        flops += 4.0 * tokens * k * n
-        seconds += _measured(tokens, k, n, repeats)
-    head = 4.0 * labelled * work.hidden * work.vocabulary / _measured(labelled, work.hidden, work.vocabulary, repeats)
+    shapes = [work.dims(name) for name in work.linears]
+    linears = _rate([(tokens, k, n) for k, n in shapes], _measured, 4.0, repeats)
+    vocabulary = [(labelled, work.hidden, work.vocabulary)] if work.kind != "classify" else []
+    head = _rate(vocabulary, _measured, 4.0, repeats) if vocabulary else linears
+    weights = _rate([(tokens, k, n) for k, n in shapes] + vocabulary, _weights, 2.0, repeats) if work.method == "full" else 1.0
     _measured.cache.clear()
-    return Rates(flops / seconds, head)
+    return Rates(linears, head, weights)
+
+
+def _rate(shapes: list[tuple[int, int, int]], measure: Callable[[int, int, int, int], float], times: float, repeats: int) -> float:
+    """Operations a second over these (T, k, n)."""
+    return sum(times * T * k * n for T, k, n in shapes) / sum(measure(T, k, n, repeats) for T, k, n in shapes)
+
+
+def _weights(T: int, k: int, n: int, repeats: int) -> float:
+    """Seconds of the gradient of a weight, g' x."""
+    import torch
+
+    x, g = torch.randn(T, k, dtype=torch.bfloat16), torch.randn(T, n, dtype=torch.bfloat16)
+    return _best(lambda: g.t() @ x, repeats)
+
+
+def quick_rate(threads: int) -> float:
+    """Operations a second of one bfloat16 product, for a first idea of how long all will take."""
+    import torch
+
+    torch.set_num_threads(threads)
+    x, w = torch.randn(1024, 768, dtype=torch.bfloat16), torch.randn(2048, 768, dtype=torch.bfloat16)
+    return 2.0 * 1024 * 768 * 2048 / _best(_plain(x, w), 5)
 
 
 class _Measured:

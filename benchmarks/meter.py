@@ -5,6 +5,8 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ class Meter:
         self.steps: list[dict[str, Any]] = []
         self.import_s = self.startup_s = self.mark = 0.0
         self.base_rss = 0
+        self.reference_s = 0.0  # of a reference's log-probabilities, where they are computed before training
 
     def imported(self) -> None:
         """The libraries are in memory, the model is not."""
@@ -47,13 +50,28 @@ class Meter:
         self.steps.append({"seconds": now - self.mark, "loss": loss, "tokens": tokens, "labelled": labelled, "positions": positions})
         self.mark = now
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What happens meanwhile is the harness' own, and no part of the step."""
+        began = time.perf_counter()
+        yield
+        self.mark += time.perf_counter() - began
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Meanwhile a reference's log-probabilities are computed: work of the steps, done before them."""
+        began = time.perf_counter()
+        yield
+        self.reference_s += time.perf_counter() - began
+
     def result(self) -> dict[str, Any]:
         """As JSON."""
         for s in self.steps:
             s["loss"] = float(s["loss"])
         return {
             "import_s": self.import_s,
-            "startup_s": self.startup_s,
+            "startup_s": self.startup_s - self.reference_s,
+            "reference_s": self.reference_s,
             "base_rss": self.base_rss,
             "peak_rss": peak_rss(),
             "steps": self.steps,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from .driver import COSINE, LOSS_TOLERANCE, STEADY
+from .driver import COSINE, LOSS_TOLERANCE, STEADY, faster, mean
+from .ours import OURS
 
+Rows = list[list[str]]
 # (label, key of a run's summary, format); repetitions stand side by side.
 ROWS = (
     ("step, median, s", "step_median_s", "{:.3f}"),
@@ -24,38 +25,92 @@ ROWS = (
     ("first step, s", "first_step_s", "{:.2f}"),
     ("positions computed per token", "positions_per_token", "{:.2f}"),
 )
+WHAT = {"default": "as it comes", "tuned": "tuned", "memory": "peak memory", "distance": "distance"}
 
 
-def means(column: dict[str, Any], key: str) -> float:
-    """A figure over the repetitions."""
-    values = [run["summary"][key] for run in column["runs"]]
-    return sum(values) / len(values)
+def outcomes(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """What was aimed at on a workload and what came of it: {"what", "target", "got", "met"}; "got" None where the peer did not run."""
+    columns = result["columns"]
+    by = {end: next((c for c in columns if c.endswith(end)), None) for end in ("as it comes", "tuned")}
+    out = []
+    for what, target in result["workload"]["wants"].items():
+        peer = by["as it comes" if what in ("default", "memory") else "tuned"]
+        ran = peer is not None and columns[peer]["runs"]
+        got: float | None = None
+        if what == "distance":
+            got = mean(columns[OURS], "distance")
+        elif ran and what == "memory":
+            got = mean(columns[OURS], "peak_mib") / mean(columns[peer], "peak_mib")
+        elif ran:
+            got = faster(result, peer)  # type: ignore[arg-type]
+        least = what in ("default", "tuned")
+        out.append({"what": what, "target": target, "got": got, "met": got is not None and (got >= target if least else got <= target), "least": least})
+    return out
 
 
-def gates(result: dict[str, Any]) -> list[list[str]]:
+def verdicts(results: list[dict[str, Any]]) -> Rows:
+    """Header and rows: every workload, target by target."""
+    out = [["workload", "against", "target", "found", ""]]
+    for result in results:
+        name = result["workload"]["name"]
+        if result["quick"] or not result["passed"]:
+            out.append([name, "", "", "a tiny shape: says nothing about speed" if result["quick"] else "not equal to the reference: no speed is quoted", ""])
+            continue
+        columns = result["columns"]
+        for o in outcomes(result):
+            peer = next((c for c in columns if c.endswith("as it comes" if o["what"] in ("default", "memory") else "tuned")), "")
+            against = {"distance": "the machine's limit", "memory": f"{peer}, peak memory"}.get(o["what"], peer)
+            sign = "at least" if o["least"] else "at most"
+            found = "the peer does not run" if o["got"] is None else f"{o['got']:.2f}x" if o["what"] != "distance" else f"{o['got']:.2f}"
+            out.append([name, against, f"{sign} {o['target']:g}{'' if o['what'] == 'distance' else 'x'}", found, _verdict(o)])
+            name = ""
+        tuned = next((c for c in columns if c.endswith("tuned")), None)
+        if tuned and columns[tuned]["runs"]:
+            share = mean(columns[OURS], "peak_mib") / mean(columns[tuned], "peak_mib")
+            out.append([name, f"{tuned}, peak memory", "", f"{share:.2f}x", ""])
+            out.append(
+                ["", "distance to the limit: ours / tuned peer", "", f"{mean(columns[OURS], 'distance'):.2f} / {mean(columns[tuned], 'distance'):.2f}", ""]
+            )
+    return out
+
+
+def _verdict(o: dict[str, Any]) -> str:
+    if o["got"] is None:
+        return ""
+    if o["met"]:
+        return "met"
+    short = o["got"] / o["target"]
+    return f"missed: {short:.0%} of it" if o["least"] else f"missed: {short:.2f} times it"
+
+
+def gates(result: dict[str, Any]) -> Rows:
     """Header and rows: step 1 of every column against the reference."""
     out = [["step 1 against fp32", "loss", "relative error", "cosine of gradients", "worst tensor", ""]]
     for peer, column in result["columns"].items():
+        if "error" in column:
+            out.append([peer, "", "", "", "", f"does not run: {column['error']}"])
+            continue
         g = column["gate"]
-        verdict = "equal" if g["passed"] else "NOT EQUAL"
+        verdict = "equal" if g["passed"] else f"NOT EQUAL {g['odd']}".strip()
         out.append([peer, f"{g['loss']:.5f}", f"{g['loss_error']:.1e}", f"{g['cosine']:.5f}", f"{g['worst_cosine']:.5f}", verdict])
     return out
 
 
-def figures(result: dict[str, Any]) -> list[list[str]]:
+def figures(result: dict[str, Any]) -> Rows:
     """Header and rows of speed and memory; the last two compare with ours, means of the repetitions."""
-    columns = result["columns"]
+    columns = {p: c for p, c in result["columns"].items() if c["runs"]}
     out = [["each repetition", *columns]]
     for label, key, form in ROWS:
         out.append([label, *(" / ".join(form.format(run["summary"][key]) for run in c["runs"]) for c in columns.values())])
+    if any(mean(c, "reference_share_s") > 0.001 for c in columns.values()):
+        out.insert(3, ["of a step, the reference before training, s", *(f"{mean(c, 'reference_share_s'):.3f}" for c in columns.values())])
     out.append(["GEMM rate before and after, TF/s", *(" / ".join(_gemm(run) for run in c["runs"]) for c in columns.values())])
     if result["quick"]:
         return out  # so small a shape measures the machine's other work: no ratio is formed
-    mine = columns["ours"]
-    faster = lambda c: means(mine, "tokens_per_s") / means(c, "tokens_per_s")  # noqa: E731
-    out.append(["**ours is faster by** (tokens/s)", "", *(f"{faster(c):.2f}x" for c in list(columns.values())[1:])])
-    ratio = lambda c: means(c, "above_imports_mib") / max(1.0, means(mine, "above_imports_mib"))  # noqa: E731
-    out.append(["**takes more memory than ours by** (RSS above imports)", "", *(f"{ratio(c):.2f}x" for c in list(columns.values())[1:])])
+    others = [p for p in columns if p != OURS]
+    out.append(["**ours is faster by** (tokens/s)", "", *(f"{faster(result, p):.2f}x" for p in others)])
+    ratio = lambda p: mean(columns[OURS], "peak_mib") / mean(columns[p], "peak_mib")  # noqa: E731
+    out.append(["**ours takes of its memory** (peak RSS)", "", *(f"{ratio(p):.2f}x" for p in others)])
     return out
 
 
@@ -64,27 +119,26 @@ def _gemm(run: dict[str, Any]) -> str:
     return text if run["moved"] <= STEADY else f"{text} (!)"
 
 
-def losses(result: dict[str, Any]) -> list[list[str]]:
+def losses(result: dict[str, Any]) -> Rows:
     """Header and rows: the loss of every step, first repetition."""
-    curves = {p: c["runs"][0]["steps"] for p, c in result["columns"].items()}
+    curves = {p: c["runs"][0]["steps"] for p, c in result["columns"].items() if c["runs"]}
     steps = range(len(next(iter(curves.values()))))
     return [["loss at step", *(str(i + 1) for i in steps)], *([p, *(f"{s['loss']:.4f}" for s in curve)] for p, curve in curves.items())]
 
 
-def tuning(result: dict[str, Any]) -> list[list[str]]:
+def tuning(result: dict[str, Any]) -> Rows:
     """Header and rows: what was tried for the tuned column."""
     t = result["tuning"]
-    out = [[f"TRL + PEFT: settings tried, {t['steps']} steps each", "s a step after the first", ""]]
+    out = [[f"settings tried, {t['steps']} steps each", "s a step after the first", ""]]
     for name, got in t["tried"].items():
-        why = "chosen" if name == t["chosen"] else "not equal work: AdamW rounds into bf16" if name in t["unequal"] else ""
-        seconds = f"{got['seconds'] / max(1, t['steps'] - 1):.2f}" if "seconds" in got else got["error"]
-        out.append([name, seconds, why])
-    return out
+        why = "chosen" if name == t["chosen"] else f"not equal work: {t['unequal'][name]}" if name in t["unequal"] else ""
+        out.append([name, f"{got['seconds'] / max(1, t['steps'] - 1):.2f}" if "seconds" in got else got["error"], why])
+    return out if t["tried"] else [*out, [t["chosen"], "", "taken without trying"]]
 
 
 def says(result: dict[str, Any]) -> list[str]:
     """Sentences under the tables."""
-    out = [f"Over all steps, no peer's loss is further from ours than {result['loss_band']:.1e} (relative)."]
+    out = [f"Over all steps, no column's loss is further from ours than {result['loss_band']:.1e} (relative)."]
     moved = [(p, run["moved"]) for p, c in result["columns"].items() for run in c["runs"] if run["moved"] > STEADY]
     if moved:
         out.append(f"(!) The machine's own rate moved by more than {STEADY:.0%} around: " + ", ".join(f"{p} ({m:.0%})" for p, m in moved) + ".")
@@ -95,66 +149,43 @@ def says(result: dict[str, Any]) -> list[str]:
 
 def show(result: dict[str, Any], console: Console) -> None:
     """Print one workload. What is not equal work gets no speed."""
-    console.print(f"\n[bold]{result['workload']['name']}[/bold]  {_what(result)}")
-    for peer, column in result["columns"].items():
-        console.print(f"[dim]{peer}: {json.dumps(column['settings'], sort_keys=True)}[/dim]", highlight=False)
-    _print(gates(result), console)
+    console.print(f"\n[bold]{result['workload']['name']}[/bold]  {what(result)}", highlight=False)
+    table(gates(result), console)
     if not result["passed"]:
         console.print(f"[bold red]Ours is not equal to the reference (loss within {LOSS_TOLERANCE:g}, cosine above {COSINE}): no speed is quoted.[/bold red]")
         return
-    _print(losses(result), console)
-    _print(tuning(result), console)
-    _print(figures(result), console)
+    if result["tuning"]:
+        table(tuning(result), console)
+    table(figures(result), console)
     for line in says(result):
-        console.print(line)
+        console.print(line, highlight=False)
 
 
-def _print(rows: list[list[str]], console: Console) -> None:
-    table = Table(*(c for c in rows[0]))
+def table(rows: Rows, console: Console) -> None:
+    """A table in the terminal."""
+    out = Table(*(c for c in rows[0]))
     for row in rows[1:]:
-        table.add_row(*(cell.replace("**", "") for cell in row))
-    console.print(table)
+        out.add_row(*(cell.replace("**", "") for cell in row), *[""] * (len(rows[0]) - len(row)))
+    console.print(out)
 
 
-def _what(result: dict[str, Any]) -> str:
+_KINDS = {"sft": "the answers", "text": "all but each document's first", "classify": "one label a row", "dpo": "both answers of each pair"}
+
+
+def what(result: dict[str, Any]) -> str:
+    """A workload in a sentence."""
     w = result["workload"]
     tokens, labelled = (sum(c[i] for c in w["counts"]) / len(w["counts"]) for i in (0, 1))
+    kv = f" of which {w['kv_heads']} have keys and values" if w["kv_heads"] else ""
+    trained = {
+        "lora": f"LoRA rank {w['rank']}, alpha {w['alpha']:g} on {', '.join(w['targets'])}",
+        "full": "all weights trained",
+        "prefix": f"a prefix of {w['length']} tokens",
+    }[w["method"]]
     return (
-        f"Llama shape, {w['parameters'] / 1e6:.1f} M parameters (hidden {w['hidden']}, {w['layers']} layers, {w['heads']} heads, ff {w['ff']}, "
-        f"vocabulary {w['vocabulary']:,}, tied), random weights, seed {w['seed']}; LoRA rank {w['rank']}, alpha {w['alpha']:g} on {', '.join(w['targets'])}; "
-        f"{w['steps']} steps of {w['examples']} examples, on average {tokens:,.0f} tokens, {labelled:,.0f} labelled (the answers); lengths: {w['lengths']}; "
-        f"AdamW, lr {w['lr']:g}; {w['threads']} threads."
+        f"{w['family'].capitalize()} shape, {w['parameters'] / 1e6:.1f} M parameters (hidden {w['hidden']}, {w['layers']} layers, {w['heads']} heads{kv}, "
+        f"ff {w['ff']}, vocabulary {w['vocabulary']:,}), random weights, seed {w['seed']}"
+        + (", its linears in NF4 with double quantisation" if w["precision"] == "nf4" else "")
+        + f"; {trained}; {w['steps']} steps of {w['examples']} {'pairs' if w['kind'] == 'dpo' else 'examples'}, on average {tokens:,.0f} tokens, "
+        f"{labelled:,.0f} labelled ({_KINDS[w['kind']]}); lengths: {result['lengths']}; AdamW, lr {w['lr']:g}; {w['threads']} threads."
     )
-
-
-def markdown(document: dict[str, Any]) -> str:
-    """docs/benchmarks.md."""
-    m = document["machine"]
-    parts = [
-        "# Benchmarks: ours against TRL + PEFT",
-        "Made by `make bench`; do not edit. Every peer ran in a process of its own on the same weights (stored in bfloat16), token ids, labels, order, adapter "
-        "start, optimizer and learning rate, when the CPU was idle, with the machine's own matrix-product rate taken before and after. "
-        "Repetitions stand side by side, so that noise is seen. Speed is quoted only where step 1 equals a plain fp32 PyTorch reference: loss within "
-        f"{LOSS_TOLERANCE:g} relative, cosine of the adapter gradients above {COSINE}.",
-        "*Distance to the limit* is the time of a step over the time its useful operations take at the best rate of bfloat16 matrix products measured here: "
-        "no padding, no recomputation, no unlabelled logits count as useful, and nothing but matrix products and attention is allowed any time. "
-        "The same denominator serves every column. Step 1 is left out of the other figures. Memory is the peak resident set of the process, "
-        "model loading included.",
-        f"{document['date']} · {m['cpu']}, {m['cores']} cores, {m['memory_gib']} GiB · {m['system']}, Python {m['python']} · "
-        + ", ".join(f"{p} {v}" for p, v in m["packages"].items())
-        + (f" · commit {m['commit']}" if m["commit"] else ""),
-    ]
-    for result in document["results"]:
-        parts += [f"## {result['workload']['name']}", _what(result), _table(gates(result))]
-        if result["passed"]:
-            parts += [_table(figures(result)), *says(result), _table(tuning(result)), _table(losses(result))]
-        else:
-            parts.append("Ours is not equal to the reference: no speed is quoted.")
-        for peer, column in result["columns"].items():
-            parts.append(f"{peer}:\n\n```json\n{json.dumps(column['settings'], indent=1, sort_keys=True)}\n```")
-    return "\n\n".join(parts) + "\n"
-
-
-def _table(rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])

@@ -1,0 +1,75 @@
+"""Each of our own switches by itself: ours as it comes, with one switch of `speed` the other way round, and with everything in `speed` off (the plain form)."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from typing import Any, get_args, get_type_hints
+
+from rich.console import Console
+
+from . import ours, report
+from .driver import mean
+from .workload import Workload
+
+PLAIN = "ours, all of speed off"
+OFF = ("off", "no", False)
+
+
+def variants(work: Workload) -> dict[str, dict[str, Any]]:
+    """Settings of ours by column. One column where this version has no switches."""
+    base = ours.settings(work)
+    out = {ours.OURS: base}
+    for name, (value, choices) in _fields().items():
+        for other in choices:
+            if other != value:
+                out[f"ours, speed.{name}={said(other)}"] = base | {"speed": {name: other}}
+    if (off := plain()) is not None:
+        out[PLAIN] = base | {"speed": off}
+    return out if len(out) > 3 else {c: s for c, s in out.items() if c != PLAIN}  # one switch: off is the plain form
+
+
+def plain() -> dict[str, Any] | None:
+    """The settings of `speed` with everything off; None where this version has no such section."""
+    return {name: next((c for c in choices if c in OFF), value) for name, (value, choices) in _fields().items()} or None
+
+
+def _fields() -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """The switches of `speed`: what each is by default, and what it may be."""
+    from luthier.run import Run
+
+    speed = getattr(Run(), "speed", None)
+    if not is_dataclass(speed):
+        return {}
+    hints = get_type_hints(type(speed))
+    return {f.name: (getattr(speed, f.name), _choices(hints[f.name])) for f in fields(speed)}
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    return (True, False) if hint is bool else tuple(c for c in get_args(hint) if isinstance(c, str | bool))
+
+
+def said(value: Any) -> str:
+    """A setting's value as a run file has it."""
+    return ("yes" if value else "no") if isinstance(value, bool) else str(value)
+
+
+def rows(result: dict[str, Any]) -> report.Rows:
+    """Header and rows: every column against ours as it comes."""
+    out = [["A/B", "step, median, s", "step, min, s", "against ours as it comes", "peak RSS, MiB", "distance", "step 1"]]
+    own = mean(result["columns"][ours.OURS], "step_median_s")
+    for column, c in result["columns"].items():
+        s = {k: mean(c, k) for k in ("step_median_s", "step_min_s", "peak_mib", "distance")}
+        against = "" if column == ours.OURS or result["quick"] else f"{s['step_median_s'] / own:.2f}x the time"
+        verdict = "equal" if c["gate"]["passed"] else "NOT EQUAL"
+        out.append([column, f"{s['step_median_s']:.3f}", f"{s['step_min_s']:.3f}", against, f"{s['peak_mib']:,.0f}", f"{s['distance']:.2f}", verdict])
+    return out
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """Print one workload."""
+    console.print(f"\n[bold]{result['workload']['name']}[/bold]  {report.what(result)}", highlight=False)
+    report.table(rows(result), console)
+    if len(result["columns"]) == 1:
+        console.print("This version has no section `speed`, so there is nothing to switch.")
+    for line in result["notes"]:
+        console.print(line, highlight=False)
