@@ -148,7 +148,7 @@ def pieces_of(rank: int, size: int, width: int) -> list[tuple[int, int]]:
     return [(low[0], high[1])] if low[1] == high[0] else [low, high]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Portion(Segments):
     """Where the examples of a whole stream lie, for a rank that keeps some of its positions.
 
