@@ -121,6 +121,7 @@ class Sharding:
 
     def settle(self, lm: nn.Module) -> None:
         """After the weights were read: round what trains as one process would hold it, and move what is not sharded to the device."""
+        shards.let_go(lm.parameters())
         with torch.no_grad():
             for p in lm.parameters() if self.trains and self.compute != torch.float32 else ():
                 part = shards.here(p)

@@ -31,6 +31,15 @@ def whole(t: Tensor) -> Tensor:
     return out
 
 
+def let_go(tensors: Iterable[Tensor]) -> None:
+    """Make each part a tensor of its own, where reading left it as a piece of the whole one, which then stays in memory. Before the first forward."""
+    for t in tensors:
+        if is_sharded(t):
+            part = t._local_tensor  # type: ignore[attr-defined]
+            if part.device.type != "meta" and part.untyped_storage().nbytes() > part.nbytes:
+                t._local_tensor = part.clone()  # type: ignore[attr-defined]
+
+
 def like(part: Tensor, t: Any) -> Tensor:
     """A tensor of which this rank holds ``part`` and which lies over the ranks as ``t`` does; the part itself where ``t`` is not sharded."""
     if not is_sharded(t):

@@ -29,18 +29,25 @@ def command(
     objective: Annotated[str | None, typer.Option(help="What the loss is: short for objective=...")] = None,
     stage: Annotated[str | None, typer.Option(help="Of a run file with stages: plan this one. Default: all of them, a line each.")] = None,
     data: Annotated[bool, typer.Option(help="Read the data, for the lengths of its examples and the number of steps.")] = True,
+    ranks: Annotated[int | None, typer.Option(help="Plan for so many ranks, a GPU each: memory, traffic and time by choice of place.shard.")] = None,
+    nodes: Annotated[int, typer.Option(help="They are on so many machines.")] = 1,
+    gpu: Annotated[str, typer.Option(help="What they are, with numbers of your own behind it: h100,network=25.")] = "h100",
     on: Annotated[str | None, typer.Option(help=f"GPUs to judge by, by their memory. Default: {SIZES}, without advice for those that are too small.")] = None,
 ) -> None:
     """Predict the memory and the time of a run: `luthier plan run.yaml recompute=blocks`, `luthier plan --model FOLDER method.rank=64 --on 24GB`.
 
     No weights are read: config.json is enough. Memory is that of the largest micro-batch that the settings (and the data, where it is named) allow. Time is for
-    this machine, as busy as it is now. 1 GB is 10^9 bytes; a GPU sold as 24 GB has a little more.
+    this machine, as busy as it is now. 1 GB is 10^9 bytes; a GPU sold as 24 GB has a little more. For many devices: `luthier plan --model FOLDER --ranks 64
+    --nodes 8 place.shard=full --on 80GB`.
     """
     from ..config import ConfigError, load_run
     from ..stages import has_stages, load_stages
 
     rooms = _rooms(on or SIZES)
     file, _, settings = asked(what or [], model, method, objective)
+    if ranks is not None:
+        _many(file, settings, ranks, nodes, gpu, None if on is None else rooms)
+        return
     if file is not None and has_stages(file):
         stages = load_stages(file, settings)
         if stage is None:
@@ -85,6 +92,30 @@ def command(
     for name, room in rooms.items() if on is not None else ():
         if q.total > room:
             _advise(planner, run, "cuda", name, room)
+
+
+def _many(file: str | None, settings: list[str], ranks: int, nodes: int, name: str, rooms: dict[str, int] | None) -> None:
+    """A plan for many ranks; nothing of this machine matters to it."""
+    from ..config import ConfigError, load_run
+    from ..gpus import Mesh, gpu
+    from ..stages import has_stages
+
+    if file is not None and has_stages(file):
+        raise ConfigError("--ranks plans one run, and this file has stages; name the run file of one")
+    mesh, device = Mesh(ranks, nodes), gpu(name)
+    if not any(s.startswith("place.kind=") or s.startswith("place=") for s in settings) and file is None:
+        settings = ["place.kind=fsdp", *settings]
+    from .. import build, context
+    from ..outlook import lines, of_ranks
+
+    run, notes = build.resolve(of_ranks(load_run(file, settings)))
+    for note in notes:
+        typer.echo(note)
+    context.check(run)
+    only = None if run.place.shard == "auto" else run.place.shard
+    for line in lines(run, mesh, device, rooms or {f"{device.memory:g}GB": int(device.memory * 1e9)}, only):
+        typer.echo(line)
+    typer.echo("on paper: memory and traffic are counted, time is reckoned from data sheets (docs/scale.md)")
 
 
 def _of_stage(stages: Stages, stage: Stage) -> Run:
