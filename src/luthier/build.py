@@ -118,7 +118,9 @@ def load(
     tokenizer = load_tokenizer(model) if _has_tokenizer(folder) else None
     if sharding is not None:
         if getattr(precision, "resident", "") == "yes":
-            raise Incompatible("precision.resident=yes: decoded weights of a base that is sharded over ranks are not kept; use resident=no, or place.shard=none")
+            raise Incompatible(
+                "precision.resident=yes: decoded weights of a base that is sharded over ranks are not kept; use resident=no, or place.shard=none"
+            )
         if sharding_of(lm) is None:
             sharding.lay_out(lm)
         sharding.settle(lm)

@@ -101,4 +101,36 @@ def test_a_model_that_lies_over_ranks_is_written_as_plain_files_with_an_index(go
 
 
 def test_a_sharded_base_answers_as_a_whole_one(got):
-    assert got[1]["answers"] == got[2]["answers"] == got[4]["answers"]
+    assert got[1]["answers"] == got[2]["answers"] and len(got[1]["answers"]) == 2
+
+
+def test_no_rank_ever_holds_the_whole_model(got):
+    """On four ranks: their part, a block gathered and on its way, the largest weight read; never a third of the whole."""
+    alone, four = got[1]["loading"], got[4]["loading"]
+    if not four:
+        pytest.skip("no /proc/self/status here, which tells a process's own memory")
+    assert four["whole"] > 60e6 and alone["lora float32"] > 0.9 * four["whole"]  # one process does hold it: so it is seen
+    part, block = four["whole"] / 4, four["whole"] / 16
+    assert four["lora float32"] < part + 5 * block, four
+    assert four["full float32"] < part + 5 * block, four
+    assert four["lora nf4"] < 0.3 * four["whole"], four
+
+
+def test_auto_shards_what_trains_and_what_does_not_fit_and_says_why(got):
+    for n in (2, 4):
+        said = got[n]["choices"]
+        assert said["fits"] == "whole" and said["its codes fit"] == "whole"
+        assert said["does not fit"] == f"sharded over {n} ranks: its 155 KB are more than half of the 200 KB of a device"
+        assert said["all trains"] == f"sharded over {n} ranks: every weight trains"
+        assert "place.offload" in said["offload"] and "leave it out" in said["offload"]
+        assert "place.shard" in said["hybrid"] and f"{n} processes" in said["hybrid"]
+        assert "precision.resident=yes" in said["resident"]
+
+
+def test_parts_may_lie_apart_from_where_they_are_computed(got):
+    assert apart(got[2]["offload"]["steps"], got[1]["offload"]["steps"]) <= 2e-6
+
+
+def test_parameters_are_counted_once_whoever_holds_them(got):
+    for name in ("frozen", "codes", "trained"):
+        assert got[1]["held"][name]["numbers"] == got[2]["held"][name]["numbers"] == got[4]["held"][name]["numbers"]
