@@ -94,7 +94,7 @@ FEW = {
     "llama_tied full bfloat16": ("llama_tied", "full", "bfloat16", {}),
     "llama dora nf4": ("llama", "dora", "nf4", {}),
 }
-ON_FOUR = ("llama lora float32", "gpt2 full float32", "llama dora nf4", "t5 full float32")
+ON_FOUR = ("gpt2 full float32", "llama dora nf4")
 METHODS = ("lora", "dora", "adapter", "prefix", "ia3", "full", "partial")
 ALL = {
     f"{f} {m}{' recomputed' if r else ''} {p}": (f, m, p, {"recompute": "blocks"} if r else {})
@@ -127,6 +127,8 @@ def equal(folder: Path, size: int) -> dict:
 
 def held(folder: Path, size: int) -> dict:
     """Bytes of weights that this rank holds between steps, and what all of them are, by case."""
+    if size == 4:
+        return {}
     out = {}
     for name, how in {"frozen": ("llama", "lora", "float32"), "codes": ("llama", "lora", "nf4"), "trained": ("llama", "full", "bfloat16")}.items():
         run = run_of(folder, *how)
@@ -147,7 +149,7 @@ def held(folder: Path, size: int) -> dict:
     return out
 
 
-LARGE = {"num_hidden_layers": 16, "hidden_size": 256, "intermediate_size": 1024}  # 67 MB in float32, a block 4.2
+LARGE = {"num_hidden_layers": 16, "hidden_size": 192, "intermediate_size": 768}  # 35 MB in float32, a block 2.2
 
 
 class Peak:
@@ -179,26 +181,31 @@ def loading(folder: Path, size: int) -> dict:
     """Bytes that opening a base of some tens of MB takes, probes included."""
     if size == 2 or not Path("/proc/self/status").exists():
         return {}
+    if size == 1:  # that a whole model would be seen
+        base = build.open_base(run_of(folder, "large", "lora", "float32"))
+        with Peak() as peak:
+            copied = [p.clone() for p in base.model.parameters()]
+        return {"copied": peak.bytes, "whole": sum(t.nbytes for t in copied)}
     out = {}
-    for method, precision in (("lora", "float32"), ("lora", "nf4"), ("full", "float32")):
+    build.open_base(run_of(folder, "llama", "lora", "nf4"))  # what is imported at the first use is no part of it
+    for method, precision in (("lora", "nf4"), ("full", "float32")):
         gc.collect()
         with Peak() as peak:
             base = build.open_base(run_of(folder, "large", method, precision))
         out[f"{method} {precision}"] = peak.bytes
-        out["whole"] = 4 * numbers(base.model)
         del base
     return out
 
 
 def choices(folder: Path, size: int) -> dict:
     """What `shard: auto` makes of it, and what is refused."""
-    if size == 1:
+    if size != 2:
         return {}
     out = {}
     for name, how, place in (
         ("fits", ("llama", "lora", "float32"), {}),
-        ("does not fit", ("llama", "lora", "float32"), {"memory": "0.0002GB"}),
-        ("its codes fit", ("llama", "lora", "nf4"), {"memory": "0.0002GB"}),
+        ("does not fit", ("llama", "lora", "float32"), {"memory": "0.0001GB"}),
+        ("its codes fit", ("llama", "lora", "nf4"), {"memory": "0.0001GB"}),
         ("all trains", ("llama", "full", "float32"), {}),
     ):
         run = run_of(folder, *how, shard="auto")
@@ -254,7 +261,7 @@ def traffic(folder: Path, size: int) -> dict:
     out = {}
     if size == 1:
         return {}
-    for method, precision, reached in (("lora", "nf4", None), ("full", "bfloat16", None), ("partial", "float32", 1)):
+    for method, precision, reached in (("lora", "nf4", None), ("full", "bfloat16", None), ("partial", "float32", 1))[: 3 if size == 2 else 2]:
         run = run_of(folder, "llama", method, precision)
         policy, objective, _, feed = opened(run)
         batch, laid = next(feed)[0], sharding_of(policy.lm)
@@ -310,7 +317,7 @@ def checkpoints(folder: Path, size: int) -> dict:
         objective.loss(policy, next(feed)[0])  # leaves the head's weight gathered
     checkpoint.take_best(where, policy, optimizer)
     out = {"further": further, "files": files, "best": steps(run, policy, objective, optimizer, feed, start=2, stop=3), "on": {}}
-    for other in (1, 2):
+    for other in (1,) if size == 1 else (1, 2) if size == 2 else (2,):
         if (folder / f"saved by {other}").is_dir():
             policy, objective, optimizer, feed = opened(run)
             checkpoint.restore(checkpoint.newest(folder / f"saved by {other}"), policy, optimizer, feed)
@@ -321,7 +328,7 @@ def checkpoints(folder: Path, size: int) -> dict:
 def made(folder: Path, size: int) -> dict:
     """The whole model as files, one of them or several, opened again and compared with what the ranks hold."""
     out = {}
-    for family in ("gpt2", "llama_tied"):
+    for family in ("gpt2", "llama_tied") if size == 2 else ("gpt2",):
         policy, *_ = opened(run_of(folder, family, "full", "bfloat16"))
         with torch.no_grad():
             for p in policy.trained().values():
@@ -358,5 +365,8 @@ PARTS = (loading, choices, offload, equal, held, traffic, hybrid, checkpoints, m
 
 def ranks(folder: Path, size: int, turn: int) -> dict:
     if turn == 3:  # one process once more, after the others
-        return {"checkpoints": checkpoints(folder, 1)}
+        run = run_of(folder, "gpt2", "full", "float32")
+        policy, objective, optimizer, feed = opened(run)
+        checkpoint.restore(checkpoint.newest(folder / "saved by 2"), policy, optimizer, feed)
+        return {"on 2": steps(run, policy, objective, optimizer, feed, start=2, stop=4)}
     return {part.__name__: part(folder, size) for part in PARTS}
