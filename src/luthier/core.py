@@ -114,10 +114,13 @@ class Batch(Stream):
     where: tuple[str, ...] = ()  # the source of each example, for messages
     beside: Batch | None = None  # examples that are only read, without gradients (KTO's answers to other prompts)
     parts: dict[str, Batch] = field(default_factory=dict)  # of several tasks in one stream: each task's own batch, in the order in which they lie there
+    idle: bool = False  # of a rank that has nothing to train in a step, and reads something because the others do
 
     @property
     def tokens(self) -> int:
         """How many positions hold a token of an example, the encoder's side and what is only read included."""
+        if self.idle:
+            return 0
         return int(self.segments.length.sum()) + sum(s.tokens for s in (self.source, self.beside) if s is not None)
 
     def to(self, device: torch.device) -> Batch:

@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -125,9 +126,13 @@ def execute(
     say, asked, program = reporter or Reporter(quiet=not launched().leads), run, resident()
     run, notes = build.resolve(run)
     run.place.start()
+    begun = None
     if resume is None:
-        resume = run.place.share(elastic.interrupted(asked) if run.place.leads else None, "the folder to go on in")
-        notes += [] if resume is None else [f"this launch was started again: going on in {resume}"]
+        begun, stands = run.place.share(_begun(asked) if run.place.leads else (None, False), "the folder to go on in")
+        if stands:
+            assert begun is not None
+            notes.append(f"this launch was started again: going on in {begun}")
+            resume, (run, _) = begun, build.resolve(config.load_run(begun / "run.yaml"))
     for note in notes:
         say.note(note)
     forgetting.check(run)
@@ -150,7 +155,7 @@ def execute(
     if resume is None:
         fit = run.place.share(_in_memory(run, base, prepared, program, say) if run.place.leads else run, "what fits in memory")
         run = replace(run, optim=fit.optim, recompute=fit.recompute)
-    folder = resume or run.place.share(_new_folder(run) if run.place.leads else Path(), "the folder of the run")
+    folder = resume or run.place.share(_new_folder(run, begun) if run.place.leads else Path(), "the folder of the run")
     if resume is None and run.place.leads:
         elastic.remember(asked, folder)
     elastic.all_see(run.place, folder)
@@ -189,7 +194,11 @@ class Session:
 
     def __init__(self, run: Run, folder: Path, base: Any, prepared: Prepared, say: Reporter, asked: Run, program: int):
         self.folder, self.base, self.prepared, self.say, self.asked, self.program = folder, base, prepared, say, asked, program
-        self.place, self.leads = run.place, run.place.leads  # the first rank writes and speaks; all others do the same and keep silent
+        self.place, self.leads, self.sent = (
+            run.place,
+            run.place.leads,
+            Counter(run.place.traffic),
+        )  # the first rank writes and speaks; all others do the same and keep silent
         self.policy, self.objective = build.assemble(run, base)
         lr, why = (run.optim.lr, "as asked") if run.optim.lr is not None else default_lr(run.method, base.width)
         self.packed = base.packs and run.data.pack != "no"
@@ -515,7 +524,7 @@ class Session:
             facts["replayed"] = replayed
         facts["alarms"] = [asdict(a) for a in self.alarms.raised]
         if self.place.size > 1:
-            facts["ranks"] = {"size": self.place.size, "traffic_bytes": dict(self.place.traffic)}
+            facts["ranks"] = {"size": self.place.size, "traffic_bytes": dict(Counter(self.place.traffic) - self.sent)}
         extra = {"training": facts, remembered.KEY: remembered.told(self.policy, self.run.model.template)}
         if self.steps:
             checkpoint.settle()
@@ -676,10 +685,10 @@ def _state(run: Run, resume: Path | None, accept_changes: bool, say: Reporter) -
             f"{resume}: no checkpoint to resume from; it holds {', '.join(sorted(p.name for p in resume.iterdir())) if resume.is_dir() else 'nothing'}"
         )
     if state.facts["digest"] != config.digest(run):
-        was = state.facts["run"]
+        was, now = state.facts["run"], config.plain(run)
         with suppress(LuthierError):  # a setting that there is no more
             was = config.plain(config.load_run(was))
-        changed = config.difference(was, config.plain(run))
+        changed = config.difference(was | {"place": {}}, now | {"place": {}})  # what is learned does not depend on where, nor on how many ranks
         if changed and not accept_changes:
             raise LuthierError(
                 "this run is not the one that was interrupted: "
@@ -691,10 +700,17 @@ def _state(run: Run, resume: Path | None, accept_changes: bool, say: Reporter) -
     return state
 
 
-def _new_folder(run: Run) -> Path:
+def _begun(asked: Run) -> tuple[Path | None, bool]:
+    """(the folder that this launch was in before, whether it can go on there)."""
+    folder = elastic.begun(asked)
+    return folder, folder is not None and folder.is_dir()
+
+
+def _new_folder(run: Run, again: Path | None = None) -> Path:
+    """``again``: the folder that this launch had before it was started again."""
     data = "mix" if run.data.mix is not None else Path(run.data.train[0]).stem.replace(" ", "_")[:40] if run.data.train else "data"
     name = run.name or f"{data}-{kind_of(run.method)}-{datetime.now():%Y%m%d-%H%M%S}"
-    folder = Path(run.out) / name
+    folder = again or Path(run.out) / name
     if folder.exists() and any(folder.iterdir()):
         raise LuthierError(
             f"{folder}: there is a run of this name already; choose another (name=...), delete it, or go on with it: luthier train --resume {folder}"

@@ -40,6 +40,8 @@ class Place(OnDevice):
         super().__post_init__()
         within_ranges(self)
         here = launched()
+        if self.device.type == "mps" and here.size > 1:
+            raise LuthierError("several processes do not share an MPS device; start one, or set place.on=cpu")
         if self.device.type == "cuda" and here.local >= torch.cuda.device_count():
             raise LuthierError(
                 f"this machine has {torch.cuda.device_count()} CUDA devices and {here.local_size} processes were started on it; say "
