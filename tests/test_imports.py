@@ -102,7 +102,7 @@ LAW: dict[str, set[str]] = {
     "harness": {"core", "data", "evaluation", "marks", "measure", "names", "nn", "policy", "scoreboard"},
     "scoreboard": {"confusion", "evaluation", "marks", "paired", "slices", "winning"},
     "evaluate": {"core", "marks", "nn", "paired"},
-    "vocabulary": {"core", "site"},
+    "vocabulary": {"core", "shards", "site"},
     "resharding": {"core", "shards"},
     "sharded_model": {"core", "sharding", "shards"},
     "adapter": {"core", "atomic", "config", "layout", "lowrank", "plugins", "policy", "sharded_model", "shards", "site", "vocabulary"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 import pickle
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .heartbeat import Heart, Lost
-from .launched import launched
+from .launched import Launched, launched
 
 T = TypeVar("T")
 GRACE = 60.0  # seconds that torch waits longer than we do, so that it is we who say which rank is missing
@@ -40,6 +41,20 @@ def first_to_say(sentence: str) -> bool:
     return _GROUP[0].heart.first_to_say(sentence) if _GROUP else launched().leads
 
 
+def _meeting_point(here: Launched, timeout: float) -> tuple[dist.Store, bool]:
+    """The launch's store, and whether this rank holds it: rank 0, where torchrun does not. Raises Lost where there is none."""
+    where, port, held = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", ""), os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    hosts = here.rank == 0 and not held
+    try:
+        store = dist.TCPStore(where, int(port), None, hosts, timedelta(seconds=timeout), wait_for_workers=False, multi_tenant=True)
+    except (ValueError, RuntimeError) as e:
+        raise Lost(
+            f"rank {here.rank} of {here.size} found no meeting point at MASTER_ADDR={where}, MASTER_PORT={port} within {timeout:g} s "
+            f"({str(e).splitlines()[0][:200]}); start all processes with torchrun, which sets them, or unset WORLD_SIZE"
+        ) from None
+    return dist.PrefixStore(f"start {here.restarts}", store), hosts  # what a store that lives on knows of processes that are gone must not be read
+
+
 class Group:
     """All ranks. Each collective is called by all of them, in the same order."""
 
@@ -49,21 +64,15 @@ class Group:
         self.traffic: Counter[str] = Counter()
         self.names: dict[str, list[str]] = {}  # by what is summed: the names that any rank has had so far, the same list on all
         wait = timedelta(seconds=timeout + GRACE)
-        try:
-            store, _, _ = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=timeout))))  # type: ignore[attr-defined]
-        except Exception as e:
-            raise Lost(
-                f"rank {here.rank} of {here.size} found no meeting point at MASTER_ADDR:MASTER_PORT within {timeout:g} s ({str(e).splitlines()[0][:200]}); "
-                "start all processes with torchrun, which sets them"
-            ) from None
-        self.heart = Heart(store, here.rank, here.size, timeout, f"start {here.restarts}")
+        store, hosts = _meeting_point(here, timeout)
+        self.heart = Heart(store, here.rank, here.size, timeout, hosts)
         self.heart.all_here()
+        self.heart.start()
         if not dist.is_initialized():
             kind = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             more: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
             with self.doing("meeting the others"):
                 dist.init_process_group(kind, store=dist.PrefixStore("group", store), rank=here.rank, world_size=here.size, timeout=wait, **more)
-        self.heart.start()
 
     def close(self) -> None:
         """Leave the others."""

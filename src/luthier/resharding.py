@@ -58,6 +58,12 @@ def _stager() -> Any:
         def stage(self, state_dict: Any) -> Any:
             return {k: shards.like(shards.here(t).to("cpu", copy=True), t) for k, t in state_dict.items()}
 
+        def synchronize_staging(self) -> None:
+            return None
+
+        def close(self) -> None:
+            return None
+
     return Copies()
 
 

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import re
+import threading
+import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import tiny
-from luthier import adapter, build, checkpoint, sharded_model, shards
+from luthier import adapter, build, checkpoint, counts, sharded_model, shards
+from luthier.anatomy import numbers
+from luthier.core import LuthierError
 from luthier.optim import Optimizer
 from luthier.packed import packed
 from luthier.place.fsdp import Place
 from luthier.plugins import plugin
 from luthier.run import Model, Run
-from luthier.sharding import sharding_of
+from luthier.sharding import Sharding, sharding_of
 from luthier.train import train
 
 FAMILIES = ("llama", "llama_tied", "gpt2", "t5")
@@ -45,6 +54,7 @@ class Same:
 def write(folder: Path) -> None:
     for family in FAMILIES:
         tiny.model(family).save_pretrained(folder / family)
+    LlamaForCausalLM(LlamaConfig(**(tiny._COMMON | LARGE))).save_pretrained(folder / "large")
 
 
 def run_of(folder: Path, family: str, method: str, precision: str, *, shard: str = "full", recompute: str = "none", **settings) -> Run:
@@ -84,7 +94,7 @@ FEW = {
     "llama_tied full bfloat16": ("llama_tied", "full", "bfloat16", {}),
     "llama dora nf4": ("llama", "dora", "nf4", {}),
 }
-ON_FOUR = ("llama lora float32", "gpt2 full float32", "llama dora nf4", "t5 full float32")
+ON_FOUR = ("gpt2 full float32", "llama dora nf4")
 METHODS = ("lora", "dora", "adapter", "prefix", "ia3", "full", "partial")
 ALL = {
     f"{f} {m}{' recomputed' if r else ''} {p}": (f, m, p, {"recompute": "blocks"} if r else {})
@@ -117,6 +127,8 @@ def equal(folder: Path, size: int) -> dict:
 
 def held(folder: Path, size: int) -> dict:
     """Bytes of weights that this rank holds between steps, and what all of them are, by case."""
+    if size == 4:
+        return {}
     out = {}
     for name, how in {"frozen": ("llama", "lora", "float32"), "codes": ("llama", "lora", "nf4"), "trained": ("llama", "full", "bfloat16")}.items():
         run = run_of(folder, *how)
@@ -126,6 +138,7 @@ def held(folder: Path, size: int) -> dict:
         inside = [p for n, p in policy.lm.named_parameters() if ".layers." in n and "edits" not in n]
         everything = inside if name != "trained" else list(policy.lm.parameters())
         out[name] = {"here": shards.nbytes(everything), "all": sum(p.nbytes for p in everything), "kinds": sorted({str(p.dtype) for p in inside})}
+        out[name]["numbers"] = [*counts.total(policy), numbers(policy.lm)]
         if name == "codes":
             out[name]["buffers"] = sum(b.numel() for _, m in packed(policy.lm) for b in m._buffers.values() if b is not None)
         if name == "trained":
@@ -134,6 +147,97 @@ def held(folder: Path, size: int) -> dict:
         if name == "frozen":
             out[name]["deltas whole"] = not any(map(shards.is_sharded, policy.delta.params.values()))
     return out
+
+
+LARGE = {"num_hidden_layers": 16, "hidden_size": 192, "intermediate_size": 768}  # 35 MB in float32, a block 2.2
+
+
+class Peak:
+    """The most memory of its own that this process took while this lasted, in bytes; what it maps of files is not its own."""
+
+    def __enter__(self):
+        self.before, self.most, self.over = self.now(), 0, False
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.over = True
+        self.thread.join()
+        self.bytes = self.most - self.before
+
+    def watch(self):
+        while not self.over:
+            self.most = max(self.most, self.now())
+            time.sleep(0.0005)
+
+    @staticmethod
+    def now() -> int:
+        said = Path("/proc/self/status").read_text()
+        return int(re.search(r"RssAnon:\s+(\d+)", said)[1]) * 1024
+
+
+def loading(folder: Path, size: int) -> dict:
+    """Bytes that opening a base of some tens of MB takes, probes included."""
+    if size == 2 or not Path("/proc/self/status").exists():
+        return {}
+    if size == 1:  # that a whole model would be seen
+        base = build.open_base(run_of(folder, "large", "lora", "float32"))
+        with Peak() as peak:
+            copied = [p.clone() for p in base.model.parameters()]
+        return {"copied": peak.bytes, "whole": sum(t.nbytes for t in copied)}
+    out = {}
+    build.open_base(run_of(folder, "llama", "lora", "nf4"))  # what is imported at the first use is no part of it
+    for method, precision in (("lora", "nf4"), ("full", "float32")):
+        gc.collect()
+        with Peak() as peak:
+            base = build.open_base(run_of(folder, "large", method, precision))
+        out[f"{method} {precision}"] = peak.bytes
+        del base
+    return out
+
+
+def choices(folder: Path, size: int) -> dict:
+    """What `shard: auto` makes of it, and what is refused."""
+    if size != 2:
+        return {}
+    out = {}
+    for name, how, place in (
+        ("fits", ("llama", "lora", "float32"), {}),
+        ("does not fit", ("llama", "lora", "float32"), {"memory": "0.0001GB"}),
+        ("its codes fit", ("llama", "lora", "nf4"), {"memory": "0.0001GB"}),
+        ("all trains", ("llama", "full", "float32"), {}),
+    ):
+        run = run_of(folder, *how, shard="auto")
+        base = build.open_base(replace(run, place=replace(run.place, **place)))
+        out[name] = base.storage if sharding_of(base.model) is not None else "whole"
+    for name, how, place in (
+        ("offload", ("llama", "full", "float32"), {"offload": True}),
+        ("hybrid", ("llama", "full", "float32"), {"shard": "hybrid"}),
+        ("resident", ("llama", "lora", "nf4"), {}),
+    ):
+        run = run_of(folder, *how)
+        run = replace(run, place=replace(run.place, **place))
+        try:
+            build.open_base(replace(run, precision=replace(run.precision, resident="yes")) if name == "resident" else run)
+        except LuthierError as e:
+            out[name] = str(e)
+    return out
+
+
+def offload(folder: Path, size: int) -> dict:
+    """Parts kept apart from where they are computed, as on a CUDA device: what of it can be seen on a CPU."""
+    if size == 4:
+        return {}
+    run = run_of(folder, "llama", "full", "float32")
+    if size == 1:
+        return {"steps": steps(run, *opened(run), stop=2)}
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("parts",))
+    laid = Sharding(mesh, trains=True, compute=torch.float32, offload=True, place=run.place)
+    base = build.load(run.model, precision=run.precision, trains_base=True, sharding=laid)
+    policy, objective = build.assemble(run, base)
+    optimizer = Optimizer(policy.trained(), lr=1e-2, weight_decay=0.1)
+    return {"steps": steps(run, policy, objective, optimizer, Same(objective, tiny.rows_for("llama", ROWS), run.place, base.packs), stop=2)}
 
 
 class Heard(TorchDispatchMode):
@@ -157,7 +261,7 @@ def traffic(folder: Path, size: int) -> dict:
     out = {}
     if size == 1:
         return {}
-    for method, precision, reached in (("lora", "nf4", None), ("full", "bfloat16", None), ("partial", "float32", 1)):
+    for method, precision, reached in (("lora", "nf4", None), ("full", "bfloat16", None), ("partial", "float32", 1))[: 3 if size == 2 else 2]:
         run = run_of(folder, "llama", method, precision)
         policy, objective, _, feed = opened(run)
         batch, laid = next(feed)[0], sharding_of(policy.lm)
@@ -213,7 +317,7 @@ def checkpoints(folder: Path, size: int) -> dict:
         objective.loss(policy, next(feed)[0])  # leaves the head's weight gathered
     checkpoint.take_best(where, policy, optimizer)
     out = {"further": further, "files": files, "best": steps(run, policy, objective, optimizer, feed, start=2, stop=3), "on": {}}
-    for other in (1, 2):
+    for other in (1,) if size == 1 else (1, 2) if size == 2 else (2,):
         if (folder / f"saved by {other}").is_dir():
             policy, objective, optimizer, feed = opened(run)
             checkpoint.restore(checkpoint.newest(folder / f"saved by {other}"), policy, optimizer, feed)
@@ -224,7 +328,7 @@ def checkpoints(folder: Path, size: int) -> dict:
 def made(folder: Path, size: int) -> dict:
     """The whole model as files, one of them or several, opened again and compared with what the ranks hold."""
     out = {}
-    for family in ("gpt2", "llama_tied"):
+    for family in ("gpt2", "llama_tied") if size == 2 else ("gpt2",):
         policy, *_ = opened(run_of(folder, family, "full", "bfloat16"))
         with torch.no_grad():
             for p in policy.trained().values():
@@ -247,6 +351,8 @@ def made(folder: Path, size: int) -> dict:
 
 def answers(folder: Path, size: int) -> dict:
     """Greedy answers of a sharded base, with codes and with trained weights."""
+    if size == 4:
+        return {}
     out = {}
     for method, precision in (("lora", "nf4"), ("full", "float32")):
         policy, *_ = opened(run_of(folder, "llama", method, precision))
@@ -254,10 +360,13 @@ def answers(folder: Path, size: int) -> dict:
     return out
 
 
-PARTS = (equal, held, traffic, hybrid, checkpoints, made, answers)
+PARTS = (loading, choices, offload, equal, held, traffic, hybrid, checkpoints, made, answers)
 
 
 def ranks(folder: Path, size: int, turn: int) -> dict:
     if turn == 3:  # one process once more, after the others
-        return {"checkpoints": checkpoints(folder, 1)}
+        run = run_of(folder, "gpt2", "full", "float32")
+        policy, objective, optimizer, feed = opened(run)
+        checkpoint.restore(checkpoint.newest(folder / "saved by 2"), policy, optimizer, feed)
+        return {"on 2": steps(run, policy, objective, optimizer, feed, start=2, stop=4)}
     return {part.__name__: part(folder, size) for part in PARTS}

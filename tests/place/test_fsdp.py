@@ -142,10 +142,10 @@ def test_what_is_measured_is_the_same_to_the_last_bit_where_batches_are_the_same
 def test_every_method_objective_and_precision_trains_as_one_process_does(found: dict[str, Any], home: Path) -> None:
     """A cover of tests/ranks.py; `python -m tests.ranks` runs all of it, on 2 and 4."""
     told = [json.loads(line) for line in (home / "cover.jsonl").read_text().splitlines()]
-    assert len(told) == len(ranks.cover()) >= 12
+    assert len(told) == len(ranks.cover()) >= 10
     assert {m for m, _, _ in ranks.cover()} == {m for m, _, _ in ranks.cells()}
     trained = [t for t in told if "refused" not in t["one"]]
-    assert len(trained) >= 10 and {t["cell"][1] for t in trained} == set(ranks.OBJECTIVES) and {t["cell"][2] for t in trained} == set(ranks.NEAR)
+    assert len(trained) >= 9 and {t["cell"][1] for t in trained} == set(ranks.OBJECTIVES) and {t["cell"][2] for t in trained} == set(ranks.NEAR)
     for t in told:
         difference, why = ranks.apart(t["one"], t["many"])
         assert not why and difference <= ranks.NEAR[t["cell"][2]], (t["cell"], difference, why)

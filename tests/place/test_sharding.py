@@ -48,19 +48,18 @@ def test_a_sharded_base_trains_as_one_process_does_and_as_replicated_ones(got, n
 
 
 def test_a_rank_holds_its_part_of_a_frozen_base_of_codes_and_of_everything_that_trains(got):
-    for n in (2, 4):
-        for name, least in (("frozen", 1.0), ("codes", 0.95), ("trained", 0.98)):  # scales of few numbers are filled up
-            held = got[n]["held"][name]
-            assert least <= held["all"] / n / held["here"] <= 1.0, (n, name, held)
-        assert got[n]["held"]["frozen"]["deltas whole"]
-        trained = got[n]["held"]["trained"]
-        assert trained["moments"] == 2 * trained["here"] and trained["here"] <= trained["gradients"] <= trained["here"] + 1024
-        codes = got[n]["held"]["codes"]
-        assert "torch.uint8" in codes["kinds"] and codes["buffers"] <= 20  # one offset a linear
+    for name, least in (("frozen", 1.0), ("codes", 0.99), ("trained", 1.0)):  # scales of few numbers are filled up
+        held = got[2]["held"][name]
+        assert least <= held["all"] / 2 / held["here"] <= 1.0, (name, held)
+    assert got[2]["held"]["frozen"]["deltas whole"]
+    trained, codes = got[2]["held"]["trained"], got[2]["held"]["codes"]
+    assert trained["moments"] == 2 * trained["here"] and trained["gradients"] == trained["here"]
+    assert "torch.uint8" in codes["kinds"] and codes["buffers"] == 14  # one offset a linear
 
 
 def test_what_goes_over_the_wire_is_what_is_counted_and_what_the_formula_says(got):
-    for n in (2, 4):
+    for n, cases in ((2, 3), (4, 2)):
+        assert len(got[n]["traffic"]) == cases
         for name, said in got[n]["traffic"].items():
             assert said["heard"] == said["counted"] == said["said"], (n, name, said)
             assert said["heard"][0] > 0 and (said["heard"][1] > 0) == name.startswith("full")
@@ -79,7 +78,8 @@ def test_hybrid_shards_inside_a_machine_and_trains_the_same(got):
 def test_checkpoints_of_any_number_of_ranks_are_gone_on_from_by_any_other(got):
     for n in (1, 2, 4):
         saved = got[n]["checkpoints"]
-        for other in ("1", "2") if n > 1 else ("1",):
+        assert set(saved["on"]) == {1: {"1"}, 2: {"1", "2"}, 4: {"2"}}[n]
+        for other in saved["on"]:
             assert apart(saved["on"][other], got[int(other)]["checkpoints"]["further"]) <= 2e-6, (n, other)
         assert apart(saved["best"], saved["further"][:1]) <= 2e-6  # the best were those after two steps
     by_two = [f for f in got[2]["checkpoints"]["files"] if "shard" in f]
@@ -87,12 +87,12 @@ def test_checkpoints_of_any_number_of_ranks_are_gone_on_from_by_any_other(got):
 
 
 def test_one_process_goes_on_from_what_two_ranks_saved(got):
-    assert apart(got["1 after"]["checkpoints"]["on"]["2"], got[2]["checkpoints"]["further"]) <= 2e-6
+    assert apart(got["1 after"]["on 2"], got[2]["checkpoints"]["further"]) <= 2e-6
 
 
 def test_a_model_that_lies_over_ranks_is_written_as_plain_files_with_an_index(got):
     for n in (1, 2, 4):
-        for family, architecture in (("gpt2", "GPT2LMHeadModel"), ("llama_tied", "LlamaForCausalLM")):
+        for family, architecture in (("gpt2", "GPT2LMHeadModel"), ("llama_tied", "LlamaForCausalLM"))[: 2 if n == 2 else 1]:
             same, files, architectures, dtype = got[n]["made"][f"{family} made by {n}"]
             assert same and "model.safetensors" in files and "luthier.json" in files and architectures == [architecture] and dtype == "torch.bfloat16"
             if n > 1:
@@ -101,4 +101,34 @@ def test_a_model_that_lies_over_ranks_is_written_as_plain_files_with_an_index(go
 
 
 def test_a_sharded_base_answers_as_a_whole_one(got):
-    assert got[1]["answers"] == got[2]["answers"] == got[4]["answers"]
+    assert got[1]["answers"] == got[2]["answers"] and len(got[1]["answers"]) == 2
+
+
+def test_no_rank_ever_holds_the_whole_model(got):
+    """On four ranks: their part, a block gathered and on its way, the largest weight read; never a third of the whole."""
+    alone, four = got[1]["loading"], got[4]["loading"]
+    if not four:
+        pytest.skip("no /proc/self/status here, which tells a process's own memory")
+    whole = alone["whole"]
+    assert whole > 30e6 and alone["copied"] > 0.9 * whole  # so a whole model would be seen
+    for name, stored in (("lora nf4", whole / 7), ("full float32", whole)):
+        assert four[name] < stored / 4 + 5 * whole / 16 < 0.6 * whole, (name, four)
+
+
+def test_auto_shards_what_trains_and_what_does_not_fit_and_says_why(got):
+    said = got[2]["choices"]
+    assert said["fits"] == "whole" and said["its codes fit"] == "whole"
+    assert said["does not fit"] == "sharded over 2 ranks: its 75 KB are more than half of the 100 KB of a device"
+    assert said["all trains"] == "sharded over 2 ranks: every weight trains"
+    assert "place.offload" in said["offload"] and "leave it out" in said["offload"]
+    assert "place.shard" in said["hybrid"] and "2 processes" in said["hybrid"]
+    assert "precision.resident=yes" in said["resident"]
+
+
+def test_parts_may_lie_apart_from_where_they_are_computed(got):
+    assert apart(got[2]["offload"]["steps"], got[1]["offload"]["steps"]) <= 2e-6
+
+
+def test_parameters_are_counted_once_whoever_holds_them(got):
+    for name in ("frozen", "codes", "trained"):
+        assert got[1]["held"][name]["numbers"] == got[2]["held"][name]["numbers"]
