@@ -24,7 +24,7 @@ from .selftest import differs, evaluating
 log = logging.getLogger("luthier.speed")
 
 SHARING = (("query", "key", "value"), ("gate", "up"))  # roles whose linears read the same input, where they are of the same module
-PLAIN = object()
+PLAIN = object()  # an edit that is more than a low-rank term
 
 
 @dataclass
@@ -60,21 +60,21 @@ class Together:
             log.info("linears that were taken for sharing an input do not: each is computed alone")
         which = [i] if self.apart else [i, *(j for j in range(len(self.members)) if j != i)]
         linears = [self.linears[j] for j in which]
-        terms = [self._term(j, route) for j in which]
-        if PLAIN in terms or not all(f.usable(x.dtype) for f in linears):
+        terms = [term_of(self.members[j], route) for j in which]
+        if any(t is PLAIN for t in terms) or not all(f.usable(x.dtype) for f in linears):
             return None
         y, *others = products(x, linears, terms)  # type: ignore[arg-type]
         if others:
             frame.plans[self] = _Waiting(x, x._version, dict(zip(which[1:], others, strict=True)))
         return y
 
-    def _term(self, i: int, route: str) -> Term | object | None:
-        """The low-rank term of a member under a route, None where it has no edit there, PLAIN where its edit is something else."""
-        edits = self.members[i].edits
-        if route not in edits:
-            return None
-        term = edits[route].term()  # type: ignore[operator]
-        return PLAIN if term is None else term  # type: ignore[no-any-return]
+
+def term_of(site: Site, route: str) -> Term | object | None:
+    """The low-rank term of a site under a route, None where it has no edit there, PLAIN where its edit is something else."""
+    if route not in site.edits:
+        return None
+    term = site.edits[route].term()  # type: ignore[operator]
+    return PLAIN if term is None else term  # type: ignore[no-any-return]
 
 
 class Member:
@@ -104,8 +104,8 @@ def groups(policy: Any) -> Iterator[list[Site]]:
     yield from together.values()
 
 
-def install(policy: Any) -> list[str]:
-    """Give every group of edited linears its faster form, where it is found equal to the plain one. Returns what to say of it."""
+def install(policy: Any) -> int:
+    """Give every group of edited linears its faster form, where it is found equal to the plain one. Returns how many linears."""
     name, put, left = policy.name, 0, 0
     tested: dict[Any, bool] = {}
     for members in groups(policy):
@@ -123,7 +123,7 @@ def install(policy: Any) -> list[str]:
         put += len(members)
     if left:
         log.warning("speed.lora: %d linears keep the plain form of LoRA: the faster one was found to differ from it", left)
-    return [f"LoRA of {put} linears in fewer operations"] if put else []
+    return put
 
 
 def remove(policy: Any) -> None:
