@@ -16,7 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..anatomy import features
+from ..anatomy import blocks, features
+from ..core import Incompatible
 from ..site import Frame, Site, current, sites, using
 from .linears import Frozen, Term, products
 from .selftest import differs, evaluating
@@ -91,6 +92,7 @@ def groups(policy: Any) -> Iterator[list[Site]]:
     """Edited linears of the blocks, those that share an input together."""
     anatomy, found = policy.base.anatomy, sites(policy.lm)
     role_of = {suffix: role for role, suffixes in anatomy.linears.items() for suffix in suffixes}
+    across = _cross(policy.lm)
     together: dict[Any, list[Site]] = {}
     for path, site in found.items():
         stack = next((s for s in anatomy.stacks.values() if path.startswith(s + ".")), None)
@@ -98,10 +100,20 @@ def groups(policy: Any) -> Iterator[list[Site]]:
             continue
         clean = path.replace(".base.", ".")
         inside = clean[len(stack) + 1 :].partition(".")[2]
-        sharing = next((i for i, roles in enumerate(SHARING) if role_of.get(inside) in roles), None)
-        key = clean if sharing is None else (clean.rpartition(".")[0], sharing, features(site.base)[0])
+        parent, role = clean.rpartition(".")[0], role_of.get(inside)
+        sharing = next((i for i, roles in enumerate(SHARING) if role in roles), None)
+        alone = sharing is None or (role == "query" and parent in across)
+        key = clean if alone else (parent, sharing, features(site.base)[0])
         together.setdefault(key, []).append(site)
     yield from together.values()
+
+
+def _cross(lm: Any) -> set[str | None]:
+    """Paths of the cross-attentions, whose query reads the decoder's states, and key and value the encoder's."""
+    try:
+        return {b.cross for b in blocks(lm)}
+    except Incompatible:
+        return set()
 
 
 def install(policy: Any) -> int:

@@ -22,7 +22,8 @@ class Rms(torch.autograd.Function):
         d = x.shape[-1]
         y, inverse = torch.empty_like(x), torch.empty(x.numel() // d, dtype=torch.float32, device=x.device)
         run("rms", x.dtype, x, weight_d, y, inverse, len(inverse), d, eps, int(plus_one))
-        ctx.save_for_backward(x, weight_d, inverse)
+        # On meta a copy, of the same size: what stands for several equal blocks (saved.py) must keep what was made inside of it.
+        ctx.save_for_backward(x.clone() if x.is_meta else x, weight_d, inverse)
         ctx.how = (plus_one, run)
         return y
 
