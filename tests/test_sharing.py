@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -281,6 +282,29 @@ def test_objectives_have_the_loss_and_the_gradients_of_whole_examples(kind):
         loss = objective.loss(policy, objective.collate(rows, pad=0, packed=True))
         sum(loss.sums.values()).backward()
         found.append((sum(float(s.detach()) for s in loss.sums.values()), torch.cat([p.grad.flatten() for p in policy.trained().values()])))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
+    assert float((found[0][1] - found[1][1]).norm() / found[0][1].norm()) < 1e-5
+
+
+def test_a_mixture_of_tasks_in_one_stream_has_the_loss_and_the_gradients_of_whole_examples():
+    from luthier.run import Run
+
+    base = tiny.base()
+    objective = Run(objective={"kind": "multitask", "parts": {"best": "reward", "own": "sft"}}).objective
+    torch.manual_seed(0)
+    policy = moved("lora", base)
+    policy.heads.update(objective.heads(base))
+    rows = [*(replace(r, task="best") for r in ranked.rows("llama", "ranked")), *(replace(r, task="own") for r in answers((25, (5, 7, 3))))]
+    batch = objective.collate(rows, pad=0, packed=True)
+    assert [a.first for a in batch.segments.alike if a.tokens == 25] == [len(batch.segments) - 3]
+    found = []
+    for how in ("off", "on"):
+        policy.share_prompts = how
+        for p in policy.trained().values():
+            p.grad = None
+        sums = objective.loss(policy, batch).sums
+        sum(sums.values()).backward()
+        found.append(({k: v.item() for k, v in sums.items()}, torch.cat([p.grad.flatten() for p in policy.trained().values()])))
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
     assert float((found[0][1] - found[1][1]).norm() / found[0][1].norm()) < 1e-5
 

@@ -40,6 +40,7 @@ from . import (
     references,
     remembered,
     rollouts,
+    sharing,
     vocabulary,
 )
 from .alarms import Alarm, Alarms
@@ -74,6 +75,8 @@ from .rewards import Judge
 from .rollouts import Watch
 from .run import Run
 from .train import Step, train
+
+SOME = 64  # rows by which it is said what they share
 
 
 @dataclass
@@ -227,6 +230,10 @@ class Session:
         self.drawn = difficulty.drawn(run, self.policy, prepared, packed=self.packed, say=say.note, tick=tick)
         self.against = forgetting.Against.of(run, self.policy, self.objective, prepared.train, packed=self.packed, say=say.note, tick=say.tick)
         self.feed = self._feed(run)
+        if self.packed and base.shares and self.judge is None and prepared.train:
+            some = self.objective.collate(prepared.train[:SOME], pad=base.tokenizer.pad_token_id or 0, packed=True)
+            if told := sharing.said(some, self.policy.share_prompts):
+                say.note(told)
         own = self.feed.main if isinstance(self.feed, Beside) else self.feed
         self.mixture = Told(run, order, own) if isinstance(own, Batches) and isinstance(order := own.order, Mixture) else None
         self.chooses = hasattr(run.method, "candidates")  # nothing is trained: a prompt is chosen

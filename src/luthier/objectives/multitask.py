@@ -208,11 +208,14 @@ def _trim(batch: Batch) -> None:
 
 def _laid(streams: Mapping[str, Stream], pad: int, packed: bool) -> tuple[Tensor, Segments]:
     rows, starts, down, along = [], [], 0, 0
+    alike, n = [], 0
     for s in streams.values():
+        alike += [a._replace(first=a.first + n) for a in s.segments.alike] if packed else []
+        n += len(s.segments)
         rows.append(s.segments.row + (0 if packed else down))
         starts.append(s.segments.start + (along if packed else 0))
         down, along = down + s.shape[0], along + s.shape[1]
-    segments = Segments(torch.cat(rows), torch.cat(starts), torch.cat([s.segments.length for s in streams.values()]))
+    segments = Segments(torch.cat(rows), torch.cat(starts), torch.cat([s.segments.length for s in streams.values()]), tuple(alike))
     return _tensors([s.ids for s in streams.values()], pad, packed), segments
 
 
