@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from . import evaluated, ours, peers, reference
+from . import evaluated, ours, peers, profiled, reference
 from .gradients import Sink
 from .meter import Meter
 from .workload import Workload, from_json
@@ -31,8 +31,9 @@ def main(job: dict[str, Any]) -> None:
         else:
             meter = Meter(job["started"])
             runs = ours.run if job["peer"] == "ours" else peers.of(work).run
-            runs(work, folder, steps, job["settings"], meter, sink)
-            result = meter.result()
+            with profiled.watching(meter) if job.get("profile") else nullcontext() as operations:
+                runs(work, folder, steps, job["settings"], meter, sink)
+            result = meter.result() | ({"operations": operations()} if operations else {})
     Path(job["out"]).write_text(json.dumps(result))
 
 

@@ -133,6 +133,7 @@ def tuning(result: dict[str, Any]) -> Rows:
     for name, got in t["tried"].items():
         why = "chosen" if name == t["chosen"] else f"not equal work: {t['unequal'][name]}" if name in t["unequal"] else ""
         out.append([name, f"{got['seconds'] / max(1, t['steps'] - 1):.2f}" if "seconds" in got else got["error"], why])
+    out += [[name, f"{s:.2f}", "before, in another run"] for name, s in t["known"].items() if name not in t["tried"]]
     return out if t["tried"] else [*out, [t["chosen"], "", "taken without trying"]]
 
 
