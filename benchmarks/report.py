@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .driver import COSINE, LOSS_TOLERANCE, STEADY, faster, mean
+from .driver import COSINE, LOSS_TOLERANCE, STEADY, faster, mean, unlike
 from .ours import OURS
 
 Rows = list[list[str]]
@@ -131,7 +131,8 @@ def tuning(result: dict[str, Any]) -> Rows:
     t = result["tuning"]
     out = [[f"settings tried, {t['steps']} steps each", "s a step after the first", ""]]
     for name, got in t["tried"].items():
-        why = "chosen" if name == t["chosen"] else f"not equal work: {t['unequal'][name]}" if name in t["unequal"] else ""
+        other = "error" not in got and (t["unequal"].get(name) or unlike(got, result["reference_loss"]))
+        why = "chosen" if name == t["chosen"] else f"not equal work: {other}" if other else ""
         out.append([name, f"{got['seconds'] / max(1, t['steps'] - 1):.2f}" if "seconds" in got else got["error"], why])
     out += [[name, f"{s:.2f}", "before, in another run"] for name, s in t["known"].items() if name not in t["tried"]]
     return out if t["tried"] else [*out, [t["chosen"], "", "taken without trying"]]
