@@ -64,7 +64,10 @@ def verdicts(results: list[dict[str, Any]]) -> Rows:
             found = "the peer does not run" if o["got"] is None else f"{o['got']:.2f}x" if o["what"] != "distance" else f"{o['got']:.2f}"
             out.append([name, against, f"{sign} {o['target']:g}{'' if o['what'] == 'distance' else 'x'}", found, _verdict(o)])
             name = ""
-        tuned = next((c for c in columns if c.endswith("tuned")), None)
+        default, tuned = (next((c for c in columns if c.endswith(end)), None) for end in ("as it comes", "tuned"))
+        if default and "default" not in result["workload"]["wants"]:
+            found = f"{faster(result, default):.2f}x" if columns[default]["runs"] else "the peer does not run"
+            out.append([name, default, "", found, ""])
         if tuned and columns[tuned]["runs"]:
             share = mean(columns[OURS], "peak_mib") / mean(columns[tuned], "peak_mib")
             out.append([name, f"{tuned}, peak memory", "", f"{share:.2f}x", ""])
