@@ -10,12 +10,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from . import catalogue, curves, driver, kept, machine, minutes, models, ours, page, peers, report, start, switches, workload
+from . import catalogue, curves, driver, kept, machine, minutes, models, ours, page, peers, profiled, report, start, switches
 from .workload import Workload
 
 PARTS = ("start", "evaluated", "curves")  # what is measured besides the workloads
@@ -25,8 +26,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run, print, and with --write keep. 1: ours was not equal to the reference; 2: a process failed."""
     parser = _parser()
     a = parser.parse_args(argv)
-    if a.write and (a.quick or a.steps):
-        parser.error("--write keeps what was measured in full: leave out --quick and --steps")
+    if a.write and (a.quick or a.steps or a.profile):
+        parser.error("--write keeps what was measured in full: leave out --quick, --steps and --profile")
     if a.steps is not None and a.steps < 2:
         parser.error("--steps: at least 2, because step 1 stands apart")
     missing = machine.missing()
@@ -46,7 +47,17 @@ def main(argv: list[str] | None = None) -> int:
     document: dict[str, Any] = {"results": []}
     try:
         for work in works:
-            how = {"repetitions": repetitions, "idle_s": 0.0 if a.quick else a.idle_timeout, "say": say, "quick": a.quick}
+            if a.profile:
+                say(work.name)
+                profiled.show(work, console, here=a.quick)
+                continue
+            how = {
+                "repetitions": repetitions,
+                "idle_s": 0.0 if a.quick else a.idle_timeout,
+                "say": say,
+                "quick": a.quick,
+                "known": {} if a.quick else kept.known(work.name),
+            }
             result = driver.bench(work, **how, variants=switches.variants(work) if a.ab else None)
             document["results"].append(result | _stamp())
             (switches.show if a.ab else report.show)(result, console)
@@ -70,6 +81,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--long", action="store_true", help="the 0.5B shape, and equal results over 50 steps and three seeds")
     parser.add_argument("--ab", action="store_true", help="ours alone: as it comes, with each switch of `speed` off by itself, and with all of them off")
+    parser.add_argument("--thorough", action="store_true", help="try every setting of the peers; later runs begin with those that were fastest here")
+    parser.add_argument("--profile", action="store_true", help="ours alone, with the operations in which the time of its steps goes; nothing is written")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, nothing tuned: proves the harness, measures nothing")
     parser.add_argument("--plan", action="store_true", help="print what would run and how many minutes it is expected to take, and stop")
     parser.add_argument("--write", action="store_true", help="keep what was measured in benchmarks/results/peers.json, and write docs/benchmarks.md from it")
@@ -84,9 +97,10 @@ def _parser() -> argparse.ArgumentParser:
 def _chosen(parser: argparse.ArgumentParser, a: argparse.Namespace) -> tuple[list[Workload], list[str]]:
     """The workloads to run, and the parts besides them."""
     works = catalogue.quick() if a.quick else catalogue.long() if a.long else catalogue.short()
-    parts = [] if a.ab else list(PARTS) if a.quick else ["curves"] if a.long else ["start", "evaluated"]
+    parts = [] if a.ab or a.profile else list(PARTS) if a.quick else ["curves"] if a.long else ["start", "evaluated"]
     wanted = (a.only or "").lower()
-    works = [workload.from_json({**vars(w), "steps": a.steps or w.steps}) for w in works if wanted in w.name.lower()]
+    change = ({"steps": a.steps} if a.steps else {}) | ({"tries": 0} if a.thorough else {})
+    works = [replace(w, **change) for w in works if wanted in w.name.lower()]
     parts = [p for p in parts if wanted in p]
     if not works and not parts:
         parser.error(f"--only: no workload's name contains {a.only!r}")

@@ -9,8 +9,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from . import evaluated, ours, peers, reference
-from .gradients import Sink
+from . import evaluated, ours, peers, profiled, reference
+from .gradients import Sink, cosines
 from .meter import Meter
 from .workload import Workload, from_json
 
@@ -25,27 +25,30 @@ def main(job: dict[str, Any]) -> None:
             assert sink is not None
             result = {"loss": reference.first_step(work, folder, steps[0], sink)}
         elif job["peer"] == "tune":
-            result = {"tried": {name: _tried(work, folder, steps, settings) for name, settings in job["candidates"].items()}}
+            result = {"tried": {name: _tried(work, folder, steps, settings, Path(job["reference"])) for name, settings in job["candidates"].items()}}
         elif job["peer"] == "evaluated":
             result = evaluated.check(work, folder, steps, job["settings"], job["of"])
         else:
             meter = Meter(job["started"])
             runs = ours.run if job["peer"] == "ours" else peers.of(work).run
-            runs(work, folder, steps, job["settings"], meter, sink)
-            result = meter.result()
+            with profiled.watching(meter) if job.get("profile") else nullcontext() as operations:
+                runs(work, folder, steps, job["settings"], meter, sink)
+            result = meter.result() | ({"operations": operations()} if operations else {})
     Path(job["out"]).write_text(json.dumps(result))
 
 
-def _tried(work: Workload, folder: Path, steps: list[list[dict[str, Any]]], settings: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of the steps after the first, a reference's share in them, or why it does not run: a setting that fails is a finding, not an end."""
-    meter = Meter(time.time())
+def _tried(work: Workload, folder: Path, steps: list[list[dict[str, Any]]], settings: dict[str, Any], reference: Path) -> dict[str, Any]:
+    """Seconds of the steps after the first, a reference's share in them, and what step 1 came to; or why it does not run: that is a finding, not an end."""
+    meter, grads = Meter(time.time()), folder / "tried.bin"
     try:
-        peers.of(work).run(work, folder, steps, settings, meter, None)
+        with Sink(grads) as sink:
+            peers.of(work).run(work, folder, steps, settings, meter, sink)
+        cosine = cosines(grads, reference)[0]
     except Exception as e:
         return {"error": f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:200]}"}
     later = meter.steps[1:]
     share = meter.reference_s / len(meter.steps) * len(later)
-    return {"seconds": sum(s["seconds"] for s in later) + share, "loss": float(meter.steps[0]["loss"])}
+    return {"seconds": sum(s["seconds"] for s in later) + share, "loss": float(meter.steps[0]["loss"]), "cosine": cosine}
 
 
 if __name__ == "__main__":

@@ -76,11 +76,19 @@ def _here(job: dict[str, Any], what: str, log: Any) -> None:
 
 
 def bench(
-    work: Workload, *, repetitions: int, idle_s: float, say: Say, quick: bool = False, variants: dict[str, dict[str, Any]] | None = None
+    work: Workload,
+    *,
+    repetitions: int,
+    idle_s: float,
+    say: Say,
+    quick: bool = False,
+    variants: dict[str, dict[str, Any]] | None = None,
+    known: dict[str, float] | None = None,
 ) -> dict[str, Any]:
     """One workload: reference, tuning of the peer, then every column ``repetitions`` times in alternating order, its first step gated.
 
-    ``quick``: nothing is tuned, the first candidate stands for the best, and no column gets a process. ``variants``: of ours, by column, instead of the peers.
+    ``quick``: nothing is tuned, the first candidate stands for the best, and no column gets a process. ``variants``: of ours, by
+    column, instead of the peers. ``known``: seconds of the peer's settings from before: the fastest of these are tried first.
     """
     with tempfile.TemporaryDirectory(prefix="luthier-bench-") as name:
         folder = Path(name)
@@ -103,7 +111,7 @@ def bench(
         if variants is None:
             idle()
             say(f"{work.name}: tuning {peers.of(work).name(work)}")
-            tuning, theirs = tuned(work, folder, loss, quick)
+            tuning, theirs = tuned(work, folder, loss, want, quick=quick, known=known or {})
             columns |= {c: {"kind": "peer", "settings": s, "runs": []} for c, s in theirs.items()}
         for repetition in range(repetitions):
             for column in list(columns) if repetition % 2 == 0 else list(columns)[::-1]:
@@ -125,28 +133,47 @@ def bench(
         return _result(work, columns, steps, tuning, {"lengths": lengths, "reference_loss": loss, "notes": notes, "quick": quick})
 
 
-def tuned(work: Workload, folder: Path, loss: float, quick: bool) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """What was tried, and the settings of the peer's two columns. Raises ChildFailed where none of them runs."""
+def tuned(
+    work: Workload, folder: Path, loss: float, want: Path, *, quick: bool, known: dict[str, float], here: bool = False
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """What was tried, held against the reference's loss and its gradients in ``want``, and the settings of the peer's two columns.
+
+    Raises ChildFailed where none of them does equal work.
+    """
     peer = peers.of(work)
-    choices = peer.candidates(work)
-    choices = dict(list(choices.items())[: work.tries or None])
+    choices = promising(peer.candidates(work), known, work.tries)
     few = replace(work, steps=min(work.tune_steps, work.steps))
-    tried = {} if quick else child(folder, few, "tune", candidates=choices)["tried"]
+    tried = {} if quick else child(folder, few, "tune", candidates=choices, reference=str(want), here=here)["tried"]
     best = next(iter(choices)) if quick else fastest(tried, choices, loss)
     columns = {f"{peer.name(work)} as it comes": peer.AS_IT_COMES, f"{peer.name(work)} tuned": choices[best]}
-    return {"steps": few.steps, "tried": tried, "chosen": best, "unequal": {c: s["why"] for c, s in choices.items() if not s.get("equal", True)}}, columns
+    unequal = {c: s["why"] for c, s in peer.candidates(work).items() if not s.get("equal", True)}
+    known = known | {c: t["seconds"] / max(1, few.steps - 1) for c, t in tried.items() if not unlike(t, loss)}
+    return {"steps": few.steps, "tried": tried, "chosen": best, "unequal": unequal, "known": known}, columns
+
+
+def promising(choices: dict[str, dict[str, Any]], known: dict[str, float], tries: int) -> dict[str, dict[str, Any]]:
+    """So many of the candidates: those that were found fastest first, then in their own order; all of them where ``tries`` is 0."""
+    equal = lambda name: choices[name].get("equal", True)  # noqa: E731
+    order = sorted((n for n in choices if n in known and equal(n)), key=known.__getitem__)
+    order += [n for n in choices if n not in order]
+    return {n: choices[n] for n in order[: tries or None]}
 
 
 def fastest(tried: dict[str, dict[str, Any]], choices: dict[str, dict[str, Any]], reference_loss: float) -> str:
-    """The candidate of least time that does equal work, its loss included. Raises ChildFailed where none runs."""
-    fit = {
-        name: t["seconds"]
-        for name, t in tried.items()
-        if "seconds" in t and choices[name].get("equal", True) and abs(t["loss"] / reference_loss - 1) <= LOSS_TOLERANCE
-    }
+    """The candidate of least time that does equal work. Raises ChildFailed where none runs."""
+    fit = {name: t["seconds"] for name, t in tried.items() if choices[name].get("equal", True) and not unlike(t, reference_loss)}
     if not fit:
-        raise ChildFailed("no setting of the peer ran with the reference's loss:", json.dumps(tried))
+        raise ChildFailed("no setting of the peer ran with the reference's loss and gradients:", json.dumps(tried))
     return min(fit, key=fit.__getitem__)
+
+
+def unlike(tried: dict[str, Any], reference_loss: float) -> str:
+    """What a candidate does otherwise than the reference; "" where it is the same."""
+    if "error" in tried:
+        return tried["error"]
+    if abs(error := tried["loss"] / reference_loss - 1) > LOSS_TOLERANCE:
+        return f"the loss of step 1 is off by {error:+.1%}"
+    return f"the cosine of its gradients is {tried['cosine']:.3f}" if tried["cosine"] <= COSINE else ""
 
 
 def _result(work: Workload, columns: dict[str, dict[str, Any]], steps: list[list[Row]], tuning: Any, more: dict[str, Any]) -> dict[str, Any]:

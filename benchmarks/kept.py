@@ -17,6 +17,11 @@ def read() -> dict[str, Any]:
     return json.loads(FILE.read_text()) if FILE.is_file() else {"results": []}
 
 
+def known(name: str) -> dict[str, float]:
+    """Seconds of the peer's settings on this workload, as they were found by earlier runs too."""
+    return next((r["tuning"].get("known", {}) for r in read()["results"] if r["workload"]["name"] == name and r["tuning"]), {})
+
+
 def keep(document: dict[str, Any]) -> None:
     """Put what was measured in the place of what stood there, and write the page."""
     now = read()

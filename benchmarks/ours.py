@@ -117,7 +117,10 @@ def fed(work: Workload, folder: Path, asked: Any, policy: Any, objective: Any, s
 
 
 def run(work: Workload, folder: Path, steps: list[list[Row]], settings: dict[str, Any], meter: Meter, sink: Sink | None) -> None:
-    """Train, marking every step; the gradients of step 1, before clipping, go into ``sink``."""
+    """Train, marking every step; the gradients of step 1, before clipping, go into ``sink``.
+
+    Of the settings, "deltas" is the harness' own: so many lie on the base, of which the first is trained.
+    """
     import shutil
 
     import numpy  # noqa: F401
@@ -128,7 +131,10 @@ def run(work: Workload, folder: Path, steps: list[list[Row]], settings: dict[str
     from luthier.train import train
 
     meter.imported()
-    asked, policy, objective = assembled(work, folder, settings)
+    others = range(1, settings.get("deltas", 1))
+    asked, policy, objective = assembled(work, folder, {k: v for k, v in settings.items() if k != "deltas"})
+    for i in others:
+        policy.add(f"other-{i}", asked.method.attach(policy.base, f"other-{i}"))
     o = asked.optim
     trained = policy.trained()
     optimizer = Optimizer(trained, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay, patterns=policy.delta.optim)

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .driver import COSINE, LOSS_TOLERANCE, STEADY, faster, mean
+from .driver import COSINE, LOSS_TOLERANCE, STEADY, faster, mean, unlike
 from .ours import OURS
 
 Rows = list[list[str]]
@@ -64,7 +64,10 @@ def verdicts(results: list[dict[str, Any]]) -> Rows:
             found = "the peer does not run" if o["got"] is None else f"{o['got']:.2f}x" if o["what"] != "distance" else f"{o['got']:.2f}"
             out.append([name, against, f"{sign} {o['target']:g}{'' if o['what'] == 'distance' else 'x'}", found, _verdict(o)])
             name = ""
-        tuned = next((c for c in columns if c.endswith("tuned")), None)
+        default, tuned = (next((c for c in columns if c.endswith(end)), None) for end in ("as it comes", "tuned"))
+        if default and "default" not in result["workload"]["wants"]:
+            found = f"{faster(result, default):.2f}x" if columns[default]["runs"] else "the peer does not run"
+            out.append([name, default, "", found, ""])
         if tuned and columns[tuned]["runs"]:
             share = mean(columns[OURS], "peak_mib") / mean(columns[tuned], "peak_mib")
             out.append([name, f"{tuned}, peak memory", "", f"{share:.2f}x", ""])
@@ -131,8 +134,10 @@ def tuning(result: dict[str, Any]) -> Rows:
     t = result["tuning"]
     out = [[f"settings tried, {t['steps']} steps each", "s a step after the first", ""]]
     for name, got in t["tried"].items():
-        why = "chosen" if name == t["chosen"] else f"not equal work: {t['unequal'][name]}" if name in t["unequal"] else ""
+        other = "error" not in got and (t["unequal"].get(name) or unlike(got, result["reference_loss"]))
+        why = "chosen" if name == t["chosen"] else f"not equal work: {other}" if other else ""
         out.append([name, f"{got['seconds'] / max(1, t['steps'] - 1):.2f}" if "seconds" in got else got["error"], why])
+    out += [[name, f"{s:.2f}", "before, in another run"] for name, s in t["known"].items() if name not in t["tried"]]
     return out if t["tried"] else [*out, [t["chosen"], "", "taken without trying"]]
 
 

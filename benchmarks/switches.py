@@ -20,9 +20,9 @@ def variants(work: Workload) -> dict[str, dict[str, Any]]:
     base = ours.settings(work)
     out = {ours.OURS: base}
     for name, (value, choices) in _fields().items():
-        for other in choices:
-            if other != value:
-                out[f"ours, speed.{name}={said(other)}"] = base | {"speed": {name: other}}
+        others = [c for c in choices if (c in OFF) != (value in OFF)]  # off for what is on, on for what is off
+        if others:
+            out[f"ours, speed.{name}={said(others[0])}"] = base | {"speed": {name: others[0]}}
     if (off := plain()) is not None:
         out[PLAIN] = base | {"speed": off}
     return out if len(out) > 3 else {c: s for c, s in out.items() if c != PLAIN}  # one switch: off is the plain form

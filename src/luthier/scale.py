@@ -343,4 +343,3 @@ def _part(t: Tensor, parts: int) -> int:
     if not t.dim():
         return t.numel()
     return -(-t.shape[0] // parts) * (t.numel() // t.shape[0]) if t.shape[0] else 0
-

@@ -127,12 +127,31 @@ def test_the_gate_refuses_a_missing_gradient_and_names_it(tmp_path):
 
 
 def test_tuning_never_chooses_what_failed_or_does_other_work():
-    choices = {"rounds": {"equal": False}, "fails": {}, "wrong": {}, "slow": {}}
-    tried = {"rounds": (1.0, 10.0), "wrong": (2.0, 11.0), "slow": (3.0, 10.0)}
-    found = {n: {"seconds": s, "loss": x} for n, (s, x) in tried.items()} | {"fails": {"error": "no"}}
+    choices = {"rounds": {"equal": False}, "fails": {}, "wrong": {}, "leaks": {}, "slow": {}}
+    tried = {"rounds": (1.0, 10.0, 1.0), "wrong": (2.0, 11.0, 1.0), "leaks": (2.5, 10.0, 0.96), "slow": (3.0, 10.0, 0.9999)}
+    found = {n: {"seconds": s, "loss": x, "cosine": c} for n, (s, x, c) in tried.items()} | {"fails": {"error": "no"}}
     assert driver.fastest(found, choices, 10.0) == "slow"
     with pytest.raises(driver.ChildFailed):
         driver.fastest({"fails": {"error": "no"}}, choices, 10.0)
+
+
+def test_prefixes_packed_by_the_peer_leak_and_are_not_taken_for_its_best(tmp_path):
+    pytest.importorskip("trl")
+    work = replace(next(w for w in catalogue.quick() if w.method == "prefix"), examples=6, steps=2, tries=3)
+    models.write(work, tmp_path)
+    want = tmp_path / "want.bin"
+    loss = driver.child(tmp_path, work, "reference", grads=want, here=True)["loss"]
+    tuning = driver.tuned(work, tmp_path, loss, want, quick=False, known={}, here=True)[0]
+    packed = next(n for n in tuning["tried"] if "packed" in n)
+    assert "cosine" in driver.unlike(tuning["tried"][packed], loss)
+    assert tuning["chosen"] != packed
+    assert packed not in tuning["known"]
+
+
+def test_what_was_found_fast_before_is_tried_first():
+    choices = {"a": {}, "b": {}, "c": {}, "d": {"equal": False}}
+    assert list(driver.promising(choices, {"c": 1.0, "b": 2.0, "d": 0.5, "gone": 0.1}, 3)) == ["c", "b", "a"]
+    assert list(driver.promising(choices, {}, 0)) == ["a", "b", "c", "d"]
 
 
 @pytest.mark.parametrize("work", catalogue.quick(), ids=lambda w: w.name.removeprefix("quick: "))

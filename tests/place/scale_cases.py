@@ -92,7 +92,7 @@ def watched(folder: Path, name: str, size: int) -> dict:
 
 def ranks(folder: Path, size: int) -> dict:
     out = {}
-    for name in os.environ.get('ONLY','').split(',') if os.environ.get('ONLY') else CASES:
+    for name in os.environ.get("ONLY", "").split(",") if os.environ.get("ONLY") else CASES:
         out[name] = watched(folder, name, size)
         gc.collect()
     return out
