@@ -103,7 +103,8 @@ class Group:
         if total[-1]:
             known += sorted({k for some in self.gather(new, what) for k in some})
             total, there = self._told(named, known, 0, what)
-        return {k: v for k, v, n in zip(known, total, there, strict=False) if n}
+        found = {k: v for k, v, n in zip(known, total, there, strict=False) if n}
+        return {k: found[k] for k in [*named, *(k for k in found if k not in named)]}  # in this rank's order
 
     def _told(self, named: Mapping[str, float], known: list[str], new: int, what: str) -> tuple[list[float], list[float]]:
         """Sums of the known names and of ``new``, and how many ranks have each."""
