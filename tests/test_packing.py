@@ -9,6 +9,7 @@ from luthier.core import Batch, lay_out
 from luthier.methods.lora import Method as Lora
 from luthier.objectives.sft import Objective
 from luthier.policy import Policy
+from luthier.site import restoring
 
 
 def gradients(policy, rows, *, packed, micro):
@@ -52,7 +53,7 @@ def test_recomputation_changes_no_gradient(family):
     policy, rows = lora_policy(family), tiny.rows(4)
     packed = policy.base.packs
     loss, grad = gradients(policy, rows, packed=packed, micro=2)
-    policy.lm.activation_checkpointing_enable({"use_reentrant": False, "context_fn": build.restoring})
+    policy.lm.activation_checkpointing_enable({"use_reentrant": False, "context_fn": restoring})
     policy.train()
     other, other_grad = gradients(policy, rows, packed=packed, micro=2)
     assert other == loss and torch.equal(grad, other_grad)

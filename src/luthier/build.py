@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as hf_logging
 
-from . import adapter, attention, codes, context, probe, quantised, speed, vocabulary, voices
+from . import adapter, attention, codes, context, probe, quantised, recompute, speed, vocabulary, voices
 from .anatomy import Anatomy, cast, max_positions, numbers
 from .core import Base, Incompatible, LuthierError, Method, Objective, Place, Precision
 from .hub import fingerprint, locate
@@ -31,7 +31,6 @@ from .plugins import kind_of, plugin
 from .policy import Policy, leave_out_unread
 from .run import Model, Run
 from .sharding import Sharding, sharding_of
-from .site import restoring
 
 hf_logging.set_verbosity_error()
 hf_logging.disable_progress_bar()
@@ -237,8 +236,7 @@ def assemble(run: Run, base: Base | None = None, *, name: str = "default") -> tu
     if "rollouts" in objective.needs:
         give_voices(policy, method, objective)
     speed.install(policy, run.speed, place.device.type)
-    if run.recompute == "blocks":
-        base.model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": restoring})
+    recompute.enable(base.model, base.anatomy.stacks.values(), run.recompute)
     if base.model.device.type != "meta":
         place.put(policy)
     return policy, objective

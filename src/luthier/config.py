@@ -273,7 +273,10 @@ class _Reader:
             options = [a for a in typing.get_args(inner) if a is not type(None)]
             if value is None and len(options) < len(typing.get_args(inner)):
                 return None
-            inner = next((o for o in options if (typing.get_origin(o) is dict) == isinstance(value, Mapping)), options[0])
+            number = int in options and isinstance(value, int | float) and not isinstance(value, bool)
+            inner = next((o for o in options if (typing.get_origin(o) is dict) == isinstance(value, Mapping) and (o is int) == number), options[0])
+            if typing.get_origin(inner) is typing.Literal:
+                return self.choice(typing.get_args(inner), value, path, *(["a whole number"] if int in options else []))
         origin, args = typing.get_origin(inner), typing.get_args(inner)
         if dataclasses.is_dataclass(inner):
             return self.fields(inner, value, path)  # type: ignore[arg-type]
@@ -311,14 +314,14 @@ class _Reader:
         """Found this, accepted is that; and what the setting is for."""
         return self.error(path, f"found {_found(value)}, accepted is {accepted}" + (f" ({sentence.rstrip('.')})" if sentence else ""))
 
-    def choice(self, choices: tuple[Any, ...], value: Any, path: Key) -> Any:
-        """One of a few words; true and false count as yes and no where these are among them."""
+    def choice(self, choices: tuple[Any, ...], value: Any, path: Key, *more: str) -> Any:
+        """One of a few words (or something ``more``, which the value is not); true and false count as yes and no where these are among them."""
         if isinstance(value, bool) and {"yes", "no"} <= set(choices):
             value = "yes" if value else "no"
         if any(value == c and type(value) is type(c) for c in choices):
             return value
         guess = nearest(str(value), map(str, choices))
-        raise self.error(path, f"found {_found(value)}, accepted are {_names(choices)}" + (f"; did you mean {guess}?" if guess else ""))
+        raise self.error(path, f"found {_found(value)}, accepted are {_names((*choices, *more))}" + (f"; did you mean {guess}?" if guess else ""))
 
     def plug(self, plug: Plug, value: Any, path: Key, default: Any) -> Any:
         """A plug-in: its kind, or a mapping of its kind and its fields; an object made in Python stays as it is."""

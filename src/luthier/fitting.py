@@ -123,9 +123,22 @@ def equal(run: Run, p: Prediction) -> Iterator[Change]:
             yield change
 
 
+def _fewest(run: Run, blocks: int, predict: Callable[[Run], Prediction], room: int) -> tuple[Run, int]:
+    """The run with as few blocks computed again as still fit, and what it takes; all of them fit."""
+    low, high, best = 0, blocks, run  # so few do not fit; so many do
+    while high - low > 1:
+        middle = (low + high) // 2
+        try:
+            fits = predict(tried := replace(run, recompute=middle)).total <= room
+        except LuthierError:  # a family that does it for all or none
+            break
+        low, high, best = (low, middle, tried) if fits else (middle, high, best)
+    return best, predict(best).total
+
+
 def fitted(run: Run, planner: Planner, *, ceiling: int | None = None, program: int | None = None) -> tuple[Run, list[str]]:
-    """The run with smaller micro-batches and with recomputation, as far as is needed to stay below ``ceiling`` bytes (default: what is free here), and what
-    to say of it. The results stay as they are. ``program``: bytes that the process took before it loaded the model.
+    """The run with smaller micro-batches and with recomputation (in as few blocks as will do), as far as is needed to stay below ``ceiling`` bytes (default:
+    what is free here), and what to say of it. The results stay as they are. ``program``: bytes that the process took before it loaded the model.
 
     Raises LuthierError where a ceiling was asked for and no such change holds it.
     """
@@ -142,6 +155,9 @@ def fitted(run: Run, planner: Planner, *, ceiling: int | None = None, program: i
     found, said, total = together(run, predict, room, equal)
     whose = f"place.memory is {size(room)}" if ceiling is not None else f"{size(free)} are free"
     if total <= room:
+        if run.recompute == "none" and found.recompute == "blocks":
+            found, total = _fewest(found, planner.plan(found).blocks, predict, room)
+            said = [f"recompute={found.recompute}" if s.startswith("recompute=") else s for s in said]
         return found, [f"{whose}, and {size(first)} would be needed: {' '.join(said)} was set, which needs {size(total)} and gives the same results"]
     _, more, least = together(found, predict, room)
     advice = f"{' '.join(more)} would need {size(least)}" if more else "use a smaller base or a larger device"

@@ -20,8 +20,8 @@ from .memory import Plan, evaluating, stepping, tensors_of
 from .microbatch import batch_of, on_meta, shape_of
 from .optim import Optimizer
 from .pace import BETWEEN, Machine, Ops
+from .recompute import recomputing
 from .run import Run
-from .site import restoring
 
 Micro = tuple[Batch, int]  # a micro-batch on the meta device, and how many of its positions are scored
 UPDATED = 1 << 22  # trained numbers that the optimizer is timed on
@@ -110,14 +110,9 @@ class Clock:
     def _training(self, plan: Plan, run: Run, micro: Micro) -> float:
         """Seconds of a forward and a backward."""
         policy = plan.policy
-        if run.recompute == "blocks":
-            policy.lm.activation_checkpointing_enable({"use_reentrant": False, "context_fn": restoring})
         policy.train()
-        try:
+        with recomputing(policy.lm, policy.base.anatomy.stacks.values(), run.recompute):
             return self._timed(plan, micro, lambda watch, b: stepping(policy, plan.objective, b, watch))
-        finally:
-            if run.recompute == "blocks":
-                policy.lm.activation_checkpointing_disable()
 
     def _reading(self, plan: Plan, micro: Micro) -> float:
         """Seconds of a forward alone."""

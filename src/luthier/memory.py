@@ -28,9 +28,9 @@ from .microbatch import Shape, batch_of, lacks_labels, parts_of, shape_of, with_
 from .optim import SMALL, Optimizer
 from .packed import packed
 from .policy import Policy
+from .recompute import blocks_of, recomputing
 from .run import Run
 from .saved import Peak
-from .site import restoring
 
 CUDA_CONTEXT = 700_000_000  # bytes a process takes on a GPU before its first tensor: the context, cuBLAS and its workspaces
 CUDA_ALLOCATOR = 0.04  # of working memory: what torch's allocator on a GPU rounds up and cannot use again
@@ -92,22 +92,23 @@ class Plan:
         self.optimizer = Optimizer(self.policy.trained(), lr=1e-3) if self.policy.trained() else None
         self.trained, self.whole = counts.total(self.policy)
         self.stacks = saved.stacks(self.policy.lm, base.anatomy.stacks.values())
+        self.blocks = len(blocks_of(self.policy.lm, base.anatomy.stacks.values()))
 
     def predict(self, run: Run, device: str, *, program: int | None = None) -> Prediction:
         """For this run, which shares the modules, on this kind of device. ``program``: bytes that the process took before it loaded a model; default: now."""
         base, lm = self.policy.base, self.policy.lm
         shape = shape_of(run, base)
-        if run.recompute == "blocks":
-            lm.activation_checkpointing_enable({"use_reentrant": False, "context_fn": restoring})
-        try:
-            moments = self._moments(run, shape, device)
-        finally:
-            if run.recompute == "blocks":
-                lm.activation_checkpointing_disable()
+        with recomputing(lm, base.anatomy.stacks.values(), run.recompute):
+            kept, self.stacks = self.stacks, saved.stacks(lm, base.anatomy.stacks.values()) if isinstance(run.recompute, int) else self.stacks
+            try:
+                moments = self._moments(run, shape, device)
+            finally:
+                self.stacks = kept
         standing = {"program": _program(device, program)} | _standing(self.policy, self.optimizer, run.optim.state if device == "cuda" else "float32")
         worst = max(moments.values(), key=lambda p: p.bytes)
-        again = run.recompute == "blocks" and "training" in moments and device == "cpu"
-        standing["allocator"] = _allocator(device, worst, kept=self._training(run, shape, device).small if again else 0)
+        share = run.recompute / self.blocks if isinstance(run.recompute, int) else float(run.recompute == "blocks")
+        again = share and "training" in moments and device == "cpu"
+        standing["allocator"] = _allocator(device, worst, kept=round(share * self._training(run, shape, device).small) if again else 0)
         linears = [m for _, m in packed(lm)]
         auto = getattr(self.run.precision, "resident", "no") == "auto"
         return Prediction(

@@ -321,8 +321,8 @@ class Run:
     """The run's name. Default: from the data, the method and the time."""
     out: str = "runs"
     """The folder that holds runs."""
-    recompute: Literal["none", "blocks"] = "none"
-    """blocks: do not keep activations inside transformer blocks; compute them again in backward (less memory, more time)."""
+    recompute: Annotated[Literal["none", "blocks"] | int, Range(1)] = "none"
+    """blocks: do not keep activations inside transformer blocks, compute them again in backward (less memory, more time); a number: only in so many blocks."""
 
     def __post_init__(self) -> None:
         """Check and complete, so that Run(method="lora") in Python is what `method: lora` is in a file. Raises ConfigError."""

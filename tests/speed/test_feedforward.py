@@ -8,7 +8,7 @@ from luthier.methods.dora import Method as Dora
 from luthier.methods.lora import Method as Lora
 from luthier.precision.nf4 import Precision as NF4
 from luthier.speed.feedforward import Gated
-from speed_forms import OFF, apart, batch_for, gradients, only, policy_on
+from speed_forms import OFF, apart, batch_for, distances, gradients, only, policy_on
 
 ON = only(mlp="auto")
 
@@ -34,10 +34,8 @@ def test_codes_and_16_bits():
     policy = policy_on(tiny.in_codes(precision=NF4(compute="float32", resident="no")), Lora(targets=("all",)))
     plain, fused = (gradients(policy, s)[1] for s in (OFF, ON))
     assert gated(policy) and apart(plain, fused) < 1e-5
-    _, exact, _ = gradients(policy_on(tiny.base(), Lora(targets=("all",))), OFF)
-    policy = policy_on(tiny.base(), Lora(targets=("all",)), dtype=torch.bfloat16)
-    far = [apart(exact, gradients(policy, s)[1]) for s in (OFF, only(mlp="auto", kernels="auto", lora="auto"))]
-    assert far[1] < 1.05 * far[0] < 0.1
+    plain, fused = distances(Lora(targets=("mlp",)), OFF, only(mlp="auto", kernels="auto"))
+    assert fused != plain and fused < 1.1 * plain < 0.1
 
 
 def test_what_it_does_not_know_keeps_its_own_forward():

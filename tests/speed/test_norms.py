@@ -41,7 +41,8 @@ def test_a_norm_that_trains_keeps_its_own_forward():
     policy = policy_on(tiny.base(), Full())
     plain, found = (gradients(policy, s)[1] for s in (OFF, ON))
     assert normed(policy)
-    assert all(torch.equal(found[n], g) for n, g in plain.items() if g is not None)
+    trained = [n for n in plain if "norm" in n]
+    assert len(trained) == 5 and all(torch.allclose(found[n], plain[n], rtol=1e-4, atol=1e-6) and plain[n].any() for n in trained)
 
 
 def test_only_x_and_a_number_a_row_are_kept():

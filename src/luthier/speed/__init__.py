@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from . import compiled, feedforward, lora, norms
+from . import attending, compiled, feedforward, lora, norms
 from .rows import Miss
 
 log = logging.getLogger("luthier.speed")
@@ -26,6 +26,7 @@ def install(policy: Any, settings: Any, device: str | None = None) -> list[str]:
         "LoRA of linears": lora.install(policy) if settings.lora == "auto" else 0,
         "feed-forwards": feedforward.install(policy, rows) if settings.mlp == "auto" else 0,
         "norms": norms.install(policy, rows) if rows is not None else 0,
+        "attentions": attending.install(policy, rows) if rows is not None else 0,
     }
     policy.kernel = Miss(rows) if rows is not None else None
     notes = [f"{n} {what}" for what, n in put.items() if n]
@@ -37,5 +38,5 @@ def install(policy: Any, settings: Any, device: str | None = None) -> list[str]:
 def remove(policy: Any) -> None:
     """Back to the plain forms."""
     policy.kernel = None
-    for piece in (lora, feedforward, norms):
+    for piece in (lora, feedforward, norms, attending):
         piece.remove(policy)

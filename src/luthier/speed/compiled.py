@@ -36,6 +36,8 @@ KERNELS = {
     "swiglu": (_P, _P, _P, _N, _I),
     "swiglu_back": (_P, _P, _P, _P, _P, _P, _N, _I),
     "rotate": (_P, _P, _P, _P, _N, _N, _N, _F, _I),
+    "attend": (_P, _N, _N, _F, _I),
+    "attend_back": (_P, _P, _N, _N, _F, _I),
 }
 
 
@@ -162,4 +164,11 @@ def _tried(run: Kernels, dtype: torch.dtype, g: torch.Generator) -> dict[str, tu
     leaf = q.double().view(n, heads, e).requires_grad_()
     z = leaf * cosine.double()[:, None] + torch.cat([-leaf[..., e // 2 :], leaf[..., : e // 2]], -1) * sine.double()[:, None]
     out["rotate"] = ([turned, back], [z.flatten(1), torch.autograd.grad(z, leaf, turned.double().view(n, heads, e))[0].flatten(1)])
+    p, dp = (x.flatten()[: 2 * 25].clone() for x in (x, grad))  # two heads of five positions
+    before, upstream = (t.double().view(2, 5, 5) for t in (p, dp))
+    run("attend", dtype, p, 10, 5, 0.6)
+    run("attend_back", dtype, dp, p, 10, 5, 0.6)
+    leaf = before.requires_grad_()
+    z = (0.6 * leaf).masked_fill(torch.ones(5, 5).triu(1).bool(), float("-inf")).softmax(-1)
+    out["attend"] = ([p, dp], [z.flatten(), torch.autograd.grad(z, leaf, upstream)[0].flatten()])
     return out

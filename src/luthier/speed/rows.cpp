@@ -174,6 +174,44 @@ template <class T> void rotate(const T* x, const T* cosine, const T* sine, T* y,
     }
 }
 
+// Scores (rows, l) of queries at position row % l become causal attention: softmax(scale * score) over what is not later, 0 elsewhere.
+template <class T> void attend(T* scores, int64_t rows, int64_t l, float scale, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static, 64)
+    for (int64_t i = 0; i < rows; i++) {
+        T* row = scores + i * l;
+        const int64_t seen = i % l + 1;
+        float most = -INFINITY, sum = 0.0f;
+#pragma omp simd reduction(max : most)
+        for (int64_t j = 0; j < seen; j++) {
+            const float x = load(row[j]);
+            most = x > most ? x : most;
+        }
+        const float top = most * scale;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = 0; j < seen; j++) sum += exponential(load(row[j]) * scale - top);
+        const float by = 1.0f / sum;
+#pragma omp simd
+        for (int64_t j = 0; j < seen; j++) store(&row[j], by * exponential(load(row[j]) * scale - top));
+        std::memset(row + seen, 0, sizeof(T) * (l - seen));
+    }
+}
+
+// The gradient of the attention becomes that of the scores: scale * p * (g - sum(p g)).
+template <class T> void attend_back(T* g, const T* p, int64_t rows, int64_t l, float scale, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static, 64)
+    for (int64_t i = 0; i < rows; i++) {
+        T* up = g + i * l;
+        const T* own = p + i * l;
+        const int64_t seen = i % l + 1;
+        float along = 0.0f;
+#pragma omp simd reduction(+ : along)
+        for (int64_t j = 0; j < seen; j++) along += load(up[j]) * load(own[j]);
+#pragma omp simd
+        for (int64_t j = 0; j < seen; j++) store(&up[j], scale * load(own[j]) * (load(up[j]) - along));
+        std::memset(up + seen, 0, sizeof(T) * (l - seen));
+    }
+}
+
 }  // namespace
 
 #define BOTH(T, name)                                                                                                                              \
@@ -185,8 +223,10 @@ template <class T> void rotate(const T* x, const T* cosine, const T* sine, T* y,
     void swiglu_##name(const T* a, const T* b, T* h, int64_t n, int th) { swiglu<T>(a, b, h, n, th); }                                               \
     void swiglu_back_##name(const T* g, const T* a, const T* b, T* da, T* db, T* h, int64_t n, int th) { swiglu_back<T>(g, a, b, da, db, h, n, th); } \
     void rotate_##name(const T* x, const T* c, const T* s, T* y, int64_t n, int64_t heads, int64_t d, float sign, int th) {                          \
-        rotate<T>(x, c, s, y, n, heads, d, sign, th);                                                                                              \
-    }
+        rotate<T>(x, c, s, y, n, heads, d, sign, th);                                                                                                  \
+    }                                                                                                                                                  \
+    void attend_##name(T* s, int64_t rows, int64_t l, float scale, int th) { attend<T>(s, rows, l, scale, th); }                                     \
+    void attend_back_##name(T* g, const T* p, int64_t rows, int64_t l, float scale, int th) { attend_back<T>(g, p, rows, l, scale, th); }
 
 extern "C" {
 BOTH(float, float32)
