@@ -7,7 +7,7 @@ import torch
 import tiny
 from luthier import speed
 from luthier.objectives.sft import Objective
-from luthier.policy import Policy
+from luthier.policy import Policy, real
 from luthier.run import Speed
 from luthier.site import restoring
 
@@ -43,7 +43,7 @@ def gradients(policy, settings, *batches, route=None):
     for batch in batches or [batch_for(policy)]:
         batch.route = route
         torch.manual_seed(0)
-        hidden = policy.hidden(batch).flatten(0, 1)
+        hidden = policy.hidden(batch)[real(batch)]  # what stands at padding is nobody's
         weight = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))
         loss = (hidden.float() - weight).square().mean()
         loss.backward()
@@ -59,3 +59,15 @@ def apart(a, b) -> float:
     assert a.keys() == b.keys() and all(g is not None and bool(g.any()) for g in a.values())
     far = sum(float((b[n].double() - g.double()).norm() ** 2) for n, g in a.items())
     return (far / sum(float(g.double().norm() ** 2) for g in a.values())) ** 0.5
+
+
+def distances(method, *settings, seeds=range(6)) -> list[float]:
+    """How far the gradients of a bfloat16 model are from float32's under each of these settings, over several batches."""
+    far = [0.0] * len(settings)
+    for seed in seeds:
+        exact = policy_on(tiny.base(), method)
+        _, wanted, _ = gradients(exact, OFF, batch_for(exact, seed=seed))
+        policy = policy_on(tiny.base(), method, dtype=torch.bfloat16)
+        for i, s in enumerate(settings):
+            far[i] += apart(wanted, gradients(policy, s, batch_for(policy, seed=seed))[1]) / len(seeds)
+    return far

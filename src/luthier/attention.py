@@ -29,6 +29,7 @@ MERGE_BELOW = 256  # shorter segments share a padded batch with others up to thi
 SHORT = 256  # up to this length plain products beat torch's flash kernel for bf16 on CPU: 9 ms against 47 at 128, 32 against 79 at 250
 
 KV = tuple[Tensor, Tensor]  # (P, H_kv, d) each, as attention sees them: positions already in the keys
+ASKED = "asked"  # a frame that has a dict under this plan collects what each module asks for: its How, and the names of what else it gives
 RECORD = "recorded"  # a frame that has a dict under this plan collects the keys and values of its first row
 
 
@@ -51,6 +52,8 @@ def attend(
     if frame is None or frame.segments is None:
         return _masked(frame, module, query, key, value, attention_mask, dropout, scaling, softcap, **kwargs), None
     how = How(dropout, scaling, sliding_window, softcap, causal=bool(getattr(module, "is_causal", True)))
+    if ASKED in frame.plans:
+        frame.plans[ASKED][module] = how, {name for name, value in kwargs.items() if value is not None}
     mixed = isinstance(frame.route, tuple) and bool(frame.prefixes)
     if frame.segments.plain and how.causal and not mixed:  # padding stands to the right of every token, so a causal row never sees it
         return _rows(query, key, value, how, prefix=prefix_of(frame, frame.route, module)).transpose(1, 2), None

@@ -193,7 +193,7 @@ def assemble(run: Run, base: Base | None = None, *, name: str = "default") -> tu
         adapter.start_from(policy, method.from_)  # type: ignore[attr-defined]
     if "rollouts" in objective.needs:
         give_voices(policy, method, objective)
-    speed.install(policy, run.speed)
+    speed.install(policy, run.speed, place.device.type)
     if run.recompute == "blocks":
         base.model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": restoring})
     if base.model.device.type != "meta":

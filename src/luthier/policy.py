@@ -15,7 +15,7 @@ from . import attention, decoding, generation, prepacked, standin
 from .anatomy import trunk
 from .core import Base, Batch, Delta, Incompatible, LuthierError, Method, Objective, Rollout, Stream
 from .graph import recorded
-from .nn.logprob import chunks, linear_logp, shape_logits
+from .nn.logprob import Kernel, chunks, linear_logp, shape_logits
 from .prompts import Longer, make_room, put_in
 from .site import Frame, clean_name, members, sites, using
 
@@ -37,6 +37,7 @@ class Policy(nn.Module):
         self.objective: Objective | None = None  # what it was trained with, where that is known: it reads the heads
         self.deltas: dict[str, Delta] = {}
         self.active: str | None = None
+        self.kernel: Kernel | None = None  # of the head's softmax, where there is one (speed/)
         self.voices: dict[str, Any] = {}  # other roles on the same base, see voices.py
         self.voice_heads = nn.ModuleDict()  # theirs; not saved with the delta
         self.reference_route: str | None = None  # what the policy was before training
@@ -191,7 +192,7 @@ class Policy(nn.Module):
         hidden_ND = rule.before_head(self.lm, hidden_ND)
         if tuple(want) == ("logp",) and type(head).forward is nn.Linear.forward:
             weight = head.weight if head.weight.dtype == hidden_ND.dtype else head.weight.to(hidden_ND.dtype)
-            return {"logp": linear_logp(hidden_ND, weight, head.bias, token_N, scale=rule.head_scale / temperature, cap=rule.head_cap)}
+            return {"logp": linear_logp(hidden_ND, weight, head.bias, token_N, scale=rule.head_scale / temperature, cap=rule.head_cap, kernel=self.kernel)}
 
         def some(h_nD: Tensor, token_n: Tensor) -> tuple[Tensor, ...]:
             logp_nV = (shape_logits(head(h_nD), rule.head_scale, rule.head_cap) / temperature).log_softmax(-1)

@@ -278,6 +278,10 @@ class Speed:
 
     lora: Literal["auto", "off"] = "auto"
     """LoRA fused with the products of its linears: query, key, value together, gate and up together, and the others one by one."""
+    mlp: Literal["auto", "off"] = "auto"
+    """SwiGLU feed-forwards with LoRA as one step that keeps less for the backward."""
+    kernels: Literal["auto", "off"] = "auto"
+    """Row kernels on the CPU: RMSNorm, SwiGLU, rotary positions, cross-entropy. Compiled once on a machine, in a second, where it has a C++ compiler."""
 
 
 @dataclass(frozen=True, kw_only=True)

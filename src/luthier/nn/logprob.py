@@ -12,7 +12,7 @@ Products run in the head's dtype with fp32 accumulation; log-sum-exp, log p and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,9 +24,16 @@ ROWS_MULTIPLE = 64  # rows are padded up: every new shape costs generated code t
 KEEP_BYTES = 512 << 20  # residuals kept for a trained head
 
 
-def chunks(n: int, vocabulary: int) -> Iterator[slice]:
-    """Row slices whose fp32 logits take about CHUNK_BYTES."""
+# (raw logits (n, V), tokens (n,), scale, write) -> log p (n,) fp32; with ``write`` the logits become the derivative of -log p in place. None: not for these.
+Kernel = Callable[[Tensor, Tensor, float, bool], Tensor | None]
+KERNEL_BYTES = 32 << 20  # logits of one chunk where a kernel works on them in place: more rows make better matrix products
+
+
+def chunks(n: int, vocabulary: int, in_place: int = 0) -> Iterator[slice]:
+    """Row slices whose fp32 logits take about CHUNK_BYTES; ``in_place``: bytes of a logit where nothing is kept beside the logits."""
     size = max(CHUNK_ROWS, CHUNK_BYTES // (4 * vocabulary))
+    if in_place:
+        size = max(CHUNK_ROWS, KERNEL_BYTES // (in_place * vocabulary) // ROWS_MULTIPLE * ROWS_MULTIPLE)
     return (slice(i, min(i + size, n)) for i in range(0, n, size))
 
 
@@ -38,8 +45,10 @@ def shape_logits(raw: Tensor, scale: float, cap: float | None) -> Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def _miss(raw: Tensor, token_n: Tensor, scale: float, cap: float | None) -> tuple[Tensor, Tensor]:
-    """log p (n,), and the fp32 derivative of -log p by the raw logits (n, V): softmax - e_token, through scale and cap."""
+def _miss(raw: Tensor, token_n: Tensor, scale: float, cap: float | None, kernel: Kernel | None) -> tuple[Tensor, Tensor]:
+    """log p (n,), and the derivative of -log p by the raw logits (n, V): softmax - e_token, through scale and cap; fp32, by a kernel in the logits' dtype."""
+    if kernel is not None and cap is None and (found := kernel(raw, token_n, scale, True)) is not None:
+        return found, raw
     if scale == 1.0 and cap is None:
         slope, logp_nV = None, raw.log_softmax(-1, dtype=torch.float32)
     else:
@@ -54,25 +63,30 @@ def _miss(raw: Tensor, token_n: Tensor, scale: float, cap: float | None) -> tupl
 
 class _LinearLogp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, token_N: Tensor, scale: float, cap: float | None) -> Tensor:
+    def forward(
+        ctx: Any, h_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, token_N: Tensor, scale: float, cap: float | None, kernel: Kernel | None
+    ) -> Tensor:
         N, V = len(h_ND), len(weight_VD)
         wants_h, wants_w = ctx.needs_input_grad[0], ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         keep = wants_w and N * V * h_ND.element_size() <= KEEP_BYTES
         logp_N = torch.empty(N, dtype=torch.float32, device=h_ND.device)
         rows_ND = torch.empty_like(h_ND) if wants_h and not wants_w else None
         kept_NV = torch.empty(N, V, dtype=h_ND.dtype, device=h_ND.device) if keep else None
-        for c in chunks(N, V):
+        for c in chunks(N, V, 0 if kernel is None else h_ND.element_size()):
             raw = torch.nn.functional.linear(h_ND[c], weight_VD, bias_V)
             if rows_ND is None and kept_NV is None:
+                if kernel is not None and cap is None and (found := kernel(raw, token_N[c], scale, False)) is not None:
+                    logp_N[c] = found
+                    continue
                 logits = shape_logits(raw, scale, cap)
                 logp_N[c] = logits.gather(1, token_N[c, None]).squeeze(1) - torch.logsumexp(logits, -1)
                 continue
-            logp_N[c], miss = _miss(raw, token_N[c], scale, cap)
+            logp_N[c], miss = _miss(raw, token_N[c], scale, cap, kernel)
             if kept_NV is not None:
                 kept_NV[c] = miss
             elif rows_ND is not None:
                 rows_ND[c] = miss.to(h_ND.dtype) @ weight_VD
-        ctx.scale, ctx.cap = scale, cap
+        ctx.scale, ctx.cap, ctx.kernel = scale, cap, kernel
         if rows_ND is not None:
             ctx.save_for_backward(rows_ND)
         elif wants_w:
@@ -84,33 +98,36 @@ class _LinearLogp(torch.autograd.Function):
         # Every row of the (N, V) derivative is scaled by its own -g: applied to the D-wide side, so no pass over V is spent on it.
         minus_g_N1 = -grads[0][:, None]
         if len(ctx.saved_tensors) == 1:
-            return (ctx.saved_tensors[0] * minus_g_N1.to(ctx.saved_tensors[0].dtype), None, None, None, None, None)
+            return (ctx.saved_tensors[0] * minus_g_N1.to(ctx.saved_tensors[0].dtype), None, None, None, None, None, None)
         h_ND, weight_VD, bias_V, token_N, kept_NV = ctx.saved_tensors
         scaled_ND = h_ND * minus_g_N1.to(h_ND.dtype)
         dh_ND = torch.empty_like(h_ND)
         dw_VD = torch.zeros(weight_VD.shape, dtype=torch.float32, device=h_ND.device)
         db_V = torch.zeros(len(weight_VD), dtype=torch.float32, device=h_ND.device) if bias_V is not None else None
-        for c in chunks(len(h_ND), len(weight_VD)) if kept_NV is None else [slice(0, len(h_ND))]:
+        for c in chunks(len(h_ND), len(weight_VD), 0 if ctx.kernel is None else h_ND.element_size()) if kept_NV is None else [slice(0, len(h_ND))]:
             if kept_NV is None:
                 raw = torch.nn.functional.linear(h_ND[c], weight_VD, bias_V)
-                miss = _miss(raw, token_N[c], ctx.scale, ctx.cap)[1].to(h_ND.dtype)
+                miss = _miss(raw, token_N[c], ctx.scale, ctx.cap, ctx.kernel)[1].to(h_ND.dtype)
             else:
                 miss = kept_NV
             dh_ND[c] = (miss @ weight_VD) * minus_g_N1[c].to(h_ND.dtype)
             dw_VD += miss.t() @ scaled_ND[c]
             if db_V is not None:
                 db_V += minus_g_N1[c].squeeze(1) @ miss.float()
-        return dh_ND, dw_VD.to(weight_VD.dtype), None if db_V is None else db_V.to(weight_VD.dtype), None, None, None
+        return dh_ND, dw_VD.to(weight_VD.dtype), None if db_V is None else db_V.to(weight_VD.dtype), None, None, None, None
 
 
-def linear_logp(h_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, token_N: Tensor, *, scale: float = 1.0, cap: float | None = None) -> Tensor:
+def linear_logp(
+    h_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, token_N: Tensor, *, scale: float = 1.0, cap: float | None = None, kernel: Kernel | None = None
+) -> Tensor:
     """log softmax(cap(scale * (h W' + b)))[token], fp32 (N,), chunked.
 
     ``h_ND`` and ``weight_VD`` share a floating dtype; ``token_N`` is int64. Differentiable in h, W and b.
+    ``kernel``: the softmax of a chunk in one pass, where there is one.
     """
     n = len(h_ND)
     if n == 0:  # keeps the graph alive, so that a micro-batch without scored positions still backpropagates zeros
         return h_ND.sum(-1).float()
     more = -n % ROWS_MULTIPLE
     h_ND, token_N = torch.nn.functional.pad(h_ND, (0, 0, 0, more)), torch.nn.functional.pad(token_N, (0, more))
-    return _LinearLogp.apply(h_ND, weight_VD, bias_V, token_N, scale, cap)[:n]
+    return _LinearLogp.apply(h_ND, weight_VD, bias_V, token_N, scale, cap, kernel)[:n]

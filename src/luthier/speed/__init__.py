@@ -4,23 +4,39 @@ differs. Nothing here changes a result by more than the order of rounding; each 
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
-from . import lora
+from . import attending, compiled, feedforward, lora, norms
+from .rows import Miss
+
+log = logging.getLogger("luthier.speed")
 
 
-def install(policy: Any, settings: Any) -> list[str]:
+def install(policy: Any, settings: Any, device: str | None = None) -> list[str]:
     """Put the faster forms that ``settings`` (run.Speed) allow into a policy whose deltas are attached, before it is moved to its place.
 
-    Returns what to say of it. Calling it again with other settings replaces what was put before.
+    ``device``: the kind of device it will run on; default: where it is. Returns what was put, for a log. Calling it again with other settings replaces what was
+    put before.
     """
     remove(policy)
-    notes: list[str] = []
-    if settings.lora == "auto":
-        notes += lora.install(policy)
+    device = device or policy.device.type
+    rows = compiled.kernels() if settings.kernels == "auto" and device == "cpu" else None
+    put = {
+        "LoRA of linears": lora.install(policy) if settings.lora == "auto" else 0,
+        "feed-forwards": feedforward.install(policy, rows) if settings.mlp == "auto" else 0,
+        "norms": norms.install(policy, rows) if rows is not None else 0,
+        "attentions": attending.install(policy, rows) if rows is not None else 0,
+    }
+    policy.kernel = Miss(rows) if rows is not None else None
+    notes = [f"{n} {what}" for what, n in put.items() if n]
+    if notes:
+        log.info("faster forms: %s", ", ".join(notes))
     return notes
 
 
 def remove(policy: Any) -> None:
     """Back to the plain forms."""
-    lora.remove(policy)
+    policy.kernel = None
+    for piece in (lora, feedforward, norms, attending):
+        piece.remove(policy)

@@ -96,7 +96,11 @@ class _Products(torch.autograd.Function):
         x, h_RT, *work = ctx.saved_tensors
         wants_x, _, _, *wants = ctx.needs_input_grad
         flat = [None if g is None else g.reshape(-1, g.shape[-1]) for g in grads]
-        dx_Tk, given = ctx.group.backward(x.reshape(-1, x.shape[-1]), h_RT, work, flat, wants_x, wants)
+        if all(g is None for g in flat):
+            return (None,) * len(ctx.needs_input_grad)
+        wants = [w and flat[i // 2] is not None for i, w in enumerate(wants)]
+        dx_Tk, p_RT, given = ctx.group.backward(h_RT, work, flat, wants_x, wants)
+        ctx.group.of_a(p_RT, x.reshape(-1, x.shape[-1]), given, wants)
         return (None if dx_Tk is None else dx_Tk.view(x.shape), None, None, *given)
 
 
@@ -131,10 +135,10 @@ class Group:
         return outs
 
     def backward(
-        self, x_Tk: Tensor, h_RT: Tensor | None, work: Sequence[Tensor], grads: Sequence[Tensor | None], wants_x: bool, wants: Sequence[bool]
-    ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """The gradient of x (T, k), and those of A_1, B_1, A_2, B_2, ...; ``wants`` says which of these are asked for."""
-        exact = torch.promote_types(x_Tk.dtype, torch.float32)
+        self, h_RT: Tensor | None, work: Sequence[Tensor], grads: Sequence[Tensor | None], wants_x: bool, wants: Sequence[bool]
+    ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
+        """The gradient of x (T, k); P' (R, T), from which `of_a` makes those of A; and a list for A_1, B_1, A_2, B_2, ... with those of B in it.
+        ``wants`` says which of these are asked for."""
         dx_Tk: Tensor | None = None
         given: list[Tensor | None] = [None] * (2 * len(self.linears))
         p_RT = None if h_RT is None else torch.empty_like(h_RT)
@@ -142,8 +146,8 @@ class Group:
         for i, (base, scale, rows, g_Tn) in enumerate(zip(self.linears, self.scales, self.rows, grads, strict=True)):
             b = next(b_rn) if rows is not None else None
             if g_Tn is None:
-                if rows is not None:
-                    p_RT[rows] = 0.0  # type: ignore[index]
+                if rows is not None and p_RT is not None:
+                    p_RT[rows] = 0.0
                 continue
             if wants_x:
                 weight = base.weight(g_Tn.dtype)
@@ -152,13 +156,21 @@ class Group:
                 assert b is not None and h_RT is not None and p_RT is not None
                 torch.mul(b @ g_Tn.t(), scale, out=p_RT[rows])
                 if wants[2 * i + 1]:
-                    given[2 * i + 1] = (h_RT[rows] @ g_Tn).t().to(exact) * scale
-        if p_RT is not None and any(g is not None for g in grads):
-            if dx_Tk is not None:
-                dx_Tk.addmm_(p_RT.t(), work[0])
-            if any(wants[::2]):
-                da_Rk = (p_RT @ x_Tk).to(exact)
-                for i, rows in enumerate(self.rows):
-                    if rows is not None and wants[2 * i] and grads[i] is not None:
-                        given[2 * i] = da_Rk[rows]
-        return dx_Tk, given
+                    given[2 * i + 1] = (h_RT[rows] @ g_Tn).t().to(exact(g_Tn)) * scale
+        if dx_Tk is not None and p_RT is not None:
+            dx_Tk.addmm_(p_RT.t(), work[0])
+        return dx_Tk, p_RT, given
+
+    def of_a(self, p_RT: Tensor | None, x_Tk: Tensor, given: list[Tensor | None], wants: Sequence[bool]) -> None:
+        """Put the gradients of A into the list."""
+        if p_RT is None or not any(wants[::2]):
+            return
+        da_Rk = (p_RT @ x_Tk).to(exact(x_Tk))
+        for i, rows in enumerate(self.rows):
+            if rows is not None and wants[2 * i]:
+                given[2 * i] = da_Rk[rows]
+
+
+def exact(x: Tensor) -> torch.dtype:
+    """The dtype in which gradients of trained factors are given."""
+    return torch.promote_types(x.dtype, torch.float32)

@@ -16,7 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..anatomy import features
+from ..anatomy import blocks, features
+from ..core import Incompatible
 from ..site import Frame, Site, current, sites, using
 from .linears import Frozen, Term, products
 from .selftest import differs, evaluating
@@ -24,7 +25,7 @@ from .selftest import differs, evaluating
 log = logging.getLogger("luthier.speed")
 
 SHARING = (("query", "key", "value"), ("gate", "up"))  # roles whose linears read the same input, where they are of the same module
-PLAIN = object()
+PLAIN = object()  # an edit that is more than a low-rank term
 
 
 @dataclass
@@ -60,21 +61,21 @@ class Together:
             log.info("linears that were taken for sharing an input do not: each is computed alone")
         which = [i] if self.apart else [i, *(j for j in range(len(self.members)) if j != i)]
         linears = [self.linears[j] for j in which]
-        terms = [self._term(j, route) for j in which]
-        if PLAIN in terms or not all(f.usable(x.dtype) for f in linears):
+        terms = [term_of(self.members[j], route) for j in which]
+        if any(t is PLAIN for t in terms) or not all(f.usable(x.dtype) for f in linears):
             return None
         y, *others = products(x, linears, terms)  # type: ignore[arg-type]
         if others:
             frame.plans[self] = _Waiting(x, x._version, dict(zip(which[1:], others, strict=True)))
         return y
 
-    def _term(self, i: int, route: str) -> Term | object | None:
-        """The low-rank term of a member under a route, None where it has no edit there, PLAIN where its edit is something else."""
-        edits = self.members[i].edits
-        if route not in edits:
-            return None
-        term = edits[route].term()  # type: ignore[operator]
-        return PLAIN if term is None else term  # type: ignore[no-any-return]
+
+def term_of(site: Site, route: str) -> Term | object | None:
+    """The low-rank term of a site under a route, None where it has no edit there, PLAIN where its edit is something else."""
+    if route not in site.edits:
+        return None
+    term = site.edits[route].term()  # type: ignore[operator]
+    return PLAIN if term is None else term  # type: ignore[no-any-return]
 
 
 class Member:
@@ -91,6 +92,7 @@ def groups(policy: Any) -> Iterator[list[Site]]:
     """Edited linears of the blocks, those that share an input together."""
     anatomy, found = policy.base.anatomy, sites(policy.lm)
     role_of = {suffix: role for role, suffixes in anatomy.linears.items() for suffix in suffixes}
+    across = _cross(policy.lm)
     together: dict[Any, list[Site]] = {}
     for path, site in found.items():
         stack = next((s for s in anatomy.stacks.values() if path.startswith(s + ".")), None)
@@ -98,14 +100,24 @@ def groups(policy: Any) -> Iterator[list[Site]]:
             continue
         clean = path.replace(".base.", ".")
         inside = clean[len(stack) + 1 :].partition(".")[2]
-        sharing = next((i for i, roles in enumerate(SHARING) if role_of.get(inside) in roles), None)
-        key = clean if sharing is None else (clean.rpartition(".")[0], sharing, features(site.base)[0])
+        parent, role = clean.rpartition(".")[0], role_of.get(inside)
+        sharing = next((i for i, roles in enumerate(SHARING) if role in roles), None)
+        alone = sharing is None or (role == "query" and parent in across)
+        key = clean if alone else (parent, sharing, features(site.base)[0])
         together.setdefault(key, []).append(site)
     yield from together.values()
 
 
-def install(policy: Any) -> list[str]:
-    """Give every group of edited linears its faster form, where it is found equal to the plain one. Returns what to say of it."""
+def _cross(lm: Any) -> set[str | None]:
+    """Paths of the cross-attentions, whose query reads the decoder's states, and key and value the encoder's."""
+    try:
+        return {b.cross for b in blocks(lm)}
+    except Incompatible:
+        return set()
+
+
+def install(policy: Any) -> int:
+    """Give every group of edited linears its faster form, where it is found equal to the plain one. Returns how many linears."""
     name, put, left = policy.name, 0, 0
     tested: dict[Any, bool] = {}
     for members in groups(policy):
@@ -123,7 +135,7 @@ def install(policy: Any) -> list[str]:
         put += len(members)
     if left:
         log.warning("speed.lora: %d linears keep the plain form of LoRA: the faster one was found to differ from it", left)
-    return [f"LoRA of {put} linears in fewer operations"] if put else []
+    return put
 
 
 def remove(policy: Any) -> None:

@@ -1,0 +1,174 @@
+"""The row kernels of rows.cpp: compiled once on a machine, kept in the cache folder, loaded in a moment, and tried against plain torch before they are used.
+
+Compiling takes about a second of one core with any C++ compiler that knows OpenMP, and needs nothing of torch: torch.compile makes as good code, but takes
+seconds to load in every process and half a minute to compile, for each shape again. Where there is no compiler, or what it makes is wrong or cannot be loaded,
+there are no row kernels, and everything keeps its plain form.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger("luthier.speed")
+
+SOURCE = Path(__file__).with_name("rows.cpp")
+# No fast-math: what is no number must stay none. Loops that sum are marked in the source.
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
+NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_P, _N, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+KERNELS = {
+    "miss": (_P, _P, _P, _N, _N, _F, _I, _I),
+    "rms": (_P, _P, _P, _P, _N, _N, _F, _I, _I),
+    "rms_back": (_P, _P, _P, _P, _P, _N, _N, _I, _I),
+    "swiglu": (_P, _P, _P, _N, _I),
+    "swiglu_back": (_P, _P, _P, _P, _P, _P, _N, _I),
+    "rotate": (_P, _P, _P, _P, _N, _N, _N, _F, _I),
+    "attend": (_P, _N, _N, _F, _I),
+    "attend_back": (_P, _P, _N, _N, _F, _I),
+}
+
+
+class Kernels:
+    """The kernels of one library. Tensors are contiguous, on the CPU (or on meta, where only their shapes count), of one dtype among float32 and bfloat16."""
+
+    def __init__(self, library: Any):
+        self.functions: dict[tuple[str, torch.dtype], Callable[..., None]] = {}
+        for dtype, suffix in NAMES.items():
+            for name, types in KERNELS.items():
+                function = getattr(library, f"{name}_{suffix}")
+                function.argtypes, function.restype = types, None
+                self.functions[name, dtype] = function
+
+    def __call__(self, name: str, dtype: torch.dtype, *args: Any) -> None:
+        """Run a kernel on torch's number of threads; tensors are given by where they lie. On meta nothing is run."""
+        if args[0].is_meta:
+            return
+        self.functions[name, dtype](*(a.data_ptr() if isinstance(a, Tensor) else a for a in args), torch.get_num_threads())
+
+
+def fits(*tensors: Tensor) -> bool:
+    """Whether kernels take these tensors as they are."""
+    dtype = tensors[0].dtype
+    return dtype in NAMES and all(t.device.type in ("cpu", "meta") and t.dtype == dtype and t.is_contiguous() for t in tensors)
+
+
+@functools.cache
+def kernels() -> Kernels | None:
+    """The kernels of this machine, or None; compiled where they are not in the cache yet."""
+    try:
+        library = _library()
+        if library is None:
+            return None
+        found = Kernels(ctypes.CDLL(str(library)))
+        wrong = _wrong(found)
+    except (OSError, subprocess.SubprocessError, AttributeError) as e:
+        log.info("row kernels are not used: %s", str(e).splitlines()[0] if str(e) else type(e).__name__)
+        return None
+    if wrong:
+        log.warning("row kernels are not used: %s gives other numbers than torch on this machine", wrong)
+        return None
+    return found
+
+
+def _compiler() -> str | None:
+    named = os.environ.get("CXX")
+    return next((found for c in ((named,) if named else ("g++", "c++", "clang++")) if (found := shutil.which(c))), None)
+
+
+def _library() -> Path | None:
+    """The compiled library, from the cache or made now; None where there is no compiler."""
+    if (compiler := _compiler()) is None:
+        log.info("row kernels are not used: there is no C++ compiler (g++, c++ or clang++, or what CXX names)")
+        return None
+    key = hashlib.sha256("\n".join([SOURCE.read_text(), compiler, *FLAGS, _cpu()]).encode()).hexdigest()[:16]
+    root = Path(os.environ.get("LUTHIER_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "luthier") / "kernels"
+    library = root / f"rows-{key}.so"
+    if library.is_file():
+        return library
+    root.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(suffix=".so", dir=root)
+    os.close(handle)
+    try:
+        done = subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", temporary], capture_output=True, text=True, timeout=120)
+        if done.returncode:
+            log.info("row kernels are not used: %s cannot compile them: %s", compiler, (done.stderr.strip().splitlines() or ["no reason given"])[0])
+            return None
+        os.replace(temporary, library)  # whole or not at all: another process may be looking
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return library
+
+
+def _cpu() -> str:
+    """What this machine's processor can do: a home folder may be shared by several."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = [str(torch.backends.cpu.get_cpu_capability())]
+    return next((line for line in lines if line.startswith(("flags", "Features"))), lines[0])
+
+
+# --- tried against torch ------------------------------------------------------------------------------------------------
+
+
+def _wrong(run: Kernels) -> str | None:
+    """The first kernel that is further from torch in float64 than rounding explains."""
+    g = torch.Generator().manual_seed(0)
+    for dtype, most in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+        for name, (got, wanted) in _tried(run, dtype, g).items():
+            if not all(bool(((a.double() - b).abs() <= most * (1 + b.abs())).all()) for a, b in zip(got, wanted, strict=True)):
+                return f"{name} ({NAMES[dtype]})"
+    return None
+
+
+def _tried(run: Kernels, dtype: torch.dtype, g: torch.Generator) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
+    """What each kernel gives, and what it should, in float64."""
+    n, d = 5, 38  # no multiple of a vector's width
+    x, up, grad, w = (torch.randn(s, d, generator=g).mul(2).to(dtype) for s in (n, n, n, 1))
+    exact = [t.double().requires_grad_() for t in (x, up)]
+    out = {}
+    token = torch.tensor([3, 0, 37, 5, 5])
+    logits, logp = x.clone(), torch.empty(n)
+    run("miss", dtype, logits, token, logp, n, d, 0.5, 1)
+    logp_nV = (0.5 * exact[0]).log_softmax(-1)
+    out["miss"] = ([logp, logits], [(own := logp_nV.gather(1, token[:, None])[:, 0]), torch.autograd.grad(-own.sum(), exact[0])[0]])
+    for plus_one in (0, 1):
+        y, dx, inverse = torch.empty_like(x), torch.empty_like(x), torch.empty(n)
+        run("rms", dtype, x, w, y, inverse, n, d, 1e-5, plus_one)
+        run("rms_back", dtype, grad, x, w, inverse, dx, n, d, plus_one)
+        z = (w.double() + plus_one) * exact[0] / (exact[0].square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        out[f"rms {plus_one}"] = ([y, dx], [z, torch.autograd.grad(z, exact[0], grad.double())[0]])
+    h, again, dgate, dup = (torch.empty_like(x) for _ in range(4))
+    run("swiglu", dtype, x, up, h, n * d)
+    run("swiglu_back", dtype, grad, x, up, dgate, dup, again, n * d)
+    z = torch.nn.functional.silu(exact[0]) * exact[1]
+    out["swiglu"] = ([h, again, dgate, dup], [z, z, *torch.autograd.grad(z, exact, grad.double())])
+    heads, e = 2, d // 2 - 1  # an even width
+    q, cosine, sine = (t[:, :k].contiguous() for t, k in ((x, heads * e), (up, e), (grad, e)))
+    turned, back = torch.empty_like(q), torch.empty_like(q)
+    run("rotate", dtype, q, cosine, sine, turned, n, heads, e, 1.0)
+    run("rotate", dtype, turned, cosine, sine, back, n, heads, e, -1.0)
+    leaf = q.double().view(n, heads, e).requires_grad_()
+    z = leaf * cosine.double()[:, None] + torch.cat([-leaf[..., e // 2 :], leaf[..., : e // 2]], -1) * sine.double()[:, None]
+    out["rotate"] = ([turned, back], [z.flatten(1), torch.autograd.grad(z, leaf, turned.double().view(n, heads, e))[0].flatten(1)])
+    p, dp = (x.flatten()[: 2 * 25].clone() for x in (x, grad))  # two heads of five positions
+    before, upstream = (t.double().view(2, 5, 5) for t in (p, dp))
+    run("attend", dtype, p, 10, 5, 0.6)
+    run("attend_back", dtype, dp, p, 10, 5, 0.6)
+    leaf = before.requires_grad_()
+    z = (0.6 * leaf).masked_fill(torch.ones(5, 5).triu(1).bool(), float("-inf")).softmax(-1)
+    out["attend"] = ([p, dp], [z.flatten(), torch.autograd.grad(z, leaf, upstream)[0].flatten()])
+    return out

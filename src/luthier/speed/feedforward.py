@@ -1,0 +1,131 @@
+"""A SwiGLU feed-forward with LoRA as one step of autograd: y = (silu(x Wg') * (x Wu')) Wd', each product with its low-rank term.
+
+Kept for the backward: x, gate and up, and the narrow products. The activation and the input of the last product, each as large as gate, are made again from
+them, which takes as long as reading them would.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..anatomy import features
+from ..site import Frame, Site, current, using
+from .compiled import Kernels
+from .linears import Frozen, Group, Term, factors, scales
+from .lora import PLAIN, term_of
+from .rows import swiglu, swiglu_back
+from .selftest import differs, evaluating
+
+PARTS = ("gate_proj", "up_proj", "down_proj")
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, linears: tuple[Frozen, ...], scales: tuple[float, ...], run: Kernels | None, *factors: Tensor | None) -> Tensor:
+        x_Tk = x.reshape(-1, x.shape[-1])
+        ranks = [None if a is None else len(a) for a in factors[::2]]
+        inner, outer = Group(linears[:2], scales[:2], ranks[:2]), Group(linears[2:], scales[2:], ranks[2:])
+        first, last = inner.work(x.dtype, factors[:4]), outer.work(x.dtype, factors[4:])
+        low = inner.low(x_Tk, first)
+        gate, up = inner.forward(x_Tk, low, first)
+        h = swiglu(gate, up, run)
+        narrow = outer.low(h, last)
+        (y,) = outer.forward(h, narrow, last)
+        ctx.groups, ctx.run, ctx.split = (inner, outer), run, len(first)
+        ctx.save_for_backward(x, gate, up, low, narrow, *first, *last)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        x, gate, up, low, narrow, *work = ctx.saved_tensors
+        first, last = work[: ctx.split], work[ctx.split :]
+        wants_x, _, _, _, *wants = ctx.needs_input_grad
+        inner, outer = ctx.groups
+        dh, p, given = outer.backward(narrow, last, [grads[0].reshape(-1, grads[0].shape[-1])], True, wants[4:])
+        dgate, dup, h = swiglu_back(dh, gate, up, ctx.run)
+        outer.of_a(p, h, given, wants[4:])
+        del dh, h
+        dx, p, inside = inner.backward(low, first, [dgate, dup], wants_x, wants[:4])
+        inner.of_a(p, x.reshape(-1, x.shape[-1]), inside, wants[:4])
+        return (None if dx is None else dx.view(x.shape), None, None, None, *inside, *given)
+
+
+class Gated:
+    """Stands in for a feed-forward's forward. Where one of its linears cannot be fused now: its own."""
+
+    def __init__(self, module: Any, run: Kernels | None):
+        self.module, self.kind, self.run = module, type(module), run
+        parts = [getattr(module, n) for n in PARTS]
+        self.sites = [p if isinstance(p, Site) else None for p in parts]
+        self.linears = tuple(Frozen(p.base if isinstance(p, Site) else p) for p in parts)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self.fused(x)
+        return self.kind.forward(self.module, x) if y is None else y  # type: ignore[no-any-return]
+
+    def fused(self, x: Tensor) -> Tensor | None:
+        """The output, or None where the plain form is asked for."""
+        frame = current()
+        if frame is None or isinstance(frame.route, tuple) or "+" in (frame.route or ""):
+            return None
+        terms = [None if s is None or frame.route is None else term_of(s, frame.route) for s in self.sites]
+        if any(t is PLAIN for t in terms) or not all(f.usable(x.dtype) for f in self.linears):
+            return None
+        known: list[Term | None] = terms  # type: ignore[assignment]
+        return _Gated.apply(x, self.linears, scales(known), self.run, *factors(known))  # type: ignore[no-any-return]
+
+
+def usual(module: nn.Module) -> bool:
+    """gate, up and down by their usual names and SiLU between them, nothing else inside."""
+    children = dict(module.named_children())
+    if set(children) != {*PARTS, "act_fn"} or "forward" in module.__dict__ or type(children["act_fn"]).__name__ not in ("SiLU", "SiLUActivation"):
+        return False
+    return all(Frozen.reads(c.base if isinstance(c, Site) else c) for n, c in children.items() if n in PARTS)
+
+
+def install(policy: Any, run: Kernels | None) -> int:
+    """Give every usual feed-forward of which a linear is edited the fused form, where it is found equal. Returns how many."""
+    put, tested = 0, {}
+    for module in list(policy.lm.modules()):
+        if not usual(module):
+            continue
+        form = Gated(module, run)
+        edits = [None if s is None or policy.name not in s.edits else type(s.edits[policy.name]) for s in form.sites]
+        kind = tuple(zip((type(f.module) for f in form.linears), edits, strict=True))
+        if not any(edits):
+            continue  # nothing of it is kept for a gradient of its own
+        if kind not in tested:
+            tested[kind] = _equals(policy, form)
+        if tested[kind]:
+            module.__dict__["forward"] = form
+            put += 1
+    return put
+
+
+def remove(policy: Any) -> None:
+    """Give every feed-forward its own forward back."""
+    for module in policy.lm.modules():
+        if isinstance(module.__dict__.get("forward"), Gated):
+            del module.__dict__["forward"]
+
+
+def _equals(policy: Any, form: Gated) -> bool:
+    if policy.device.type == "meta":
+        return True
+
+    def plain(x: Tensor) -> list[Tensor]:
+        with using(Frame(policy.name)):
+            return [form.kind.forward(form.module, x)]
+
+    def fused(x: Tensor) -> list[Tensor]:
+        with using(Frame(policy.name)):
+            y = form.fused(x)
+        if y is None:
+            raise RuntimeError("the fused form declines")
+        return [y]
+
+    with evaluating([s.edits[policy.name] for s in form.sites if s is not None and policy.name in s.edits]) as edits:
+        return not differs(plain, fused, edits, features(form.linears[0].module)[0], policy.lm.dtype, policy.device)
