@@ -21,7 +21,7 @@ def short() -> list[Workload]:
         Workload("SFT, LoRA on all linears", targets=ALL, wants=_LLAMA_WANTS, **_SMALL),
         Workload("SFT, full fine-tuning", method="full", lr=2e-5, wants={"tuned": 3.0}, **_SMALL),
         Workload("raw text, LoRA on q, v", kind="text", examples=5, tries=2, wants={"tuned": 2.0}),
-        Workload("BERT-base classification, LoRA on q, v", examples=16, tries=2, wants={"tuned": 1.5}, **_BERT),
+        Workload("BERT-base classification, LoRA on q, v", examples=16, tries=2, lr=2e-5, wants={"tuned": 1.5}, **_BERT),
         Workload("DPO, prompt three times the answer, LoRA on q, v", kind="dpo", examples=2, tries=2, prompt_times=3.0, wants={"tuned": 3.0}),
         Workload("SFT, prefix tuning", method="prefix", lr=1e-2, wants={"tuned": 2.0}, **_SMALL | {"tries": 3}),
         Workload("SFT, QLoRA (NF4) on all linears", precision="nf4", targets=ALL, wants={"tuned": 3.0}, **_SMALL),

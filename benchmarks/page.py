@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import switches
-from .driver import COSINE, LOSS_TOLERANCE
+from .driver import COSINE, DPO_TOLERANCE, LOSS_TOLERANCE
 from .report import Rows, figures, gates, losses, says, tuning, verdicts, what
 
 KEPT = re.compile(r"<!-- begin: (benchmarks\.[\w.]+) -->\n.*?<!-- end: \1 -->\n?", re.DOTALL)
@@ -17,7 +17,8 @@ INTRODUCTION = (
     "Made by `make bench` and `make bench-long`; do not edit. Every column ran in a process of its own on the same weights (stored in bfloat16), token ids, "
     "labels, order, start, optimizer and learning rate, when the CPU was idle, with the machine's own matrix-product rate taken before and after. "
     "Repetitions stand side by side, so that noise is seen. Speed is quoted only where step 1 equals a plain fp32 PyTorch reference: loss within "
-    f"{LOSS_TOLERANCE:g} relative, cosine of all gradients above {COSINE}.",
+    f"{LOSS_TOLERANCE:g} relative ({DPO_TOLERANCE:g} under DPO, whose loss is of a difference between sums over whole answers), cosine of all gradients above "
+    f"{COSINE}.",
     "*Distance to the limit* is the time of a step over the time its useful operations take at the best rate of bfloat16 matrix products measured here: "
     "no padding, no recomputation, no unlabelled logits count as useful, a prompt that two answers share counts once, and nothing but matrix products and "
     "attention is allowed any time. The same denominator serves every column. Step 1 is left out of the other figures. A reference's log-probabilities that "

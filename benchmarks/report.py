@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .driver import COSINE, LOSS_TOLERANCE, STEADY, faster, mean, unlike
+from .driver import COSINE, STEADY, faster, mean, tolerance, unlike
 from .ours import OURS
 
 Rows = list[list[str]]
@@ -134,7 +134,7 @@ def tuning(result: dict[str, Any]) -> Rows:
     t = result["tuning"]
     out = [[f"settings tried, {t['steps']} steps each", "s a step after the first", ""]]
     for name, got in t["tried"].items():
-        other = "error" not in got and (t["unequal"].get(name) or unlike(got, result["reference_loss"]))
+        other = "error" not in got and (t["unequal"].get(name) or unlike(got, result["reference_loss"], tolerance(result["workload"]["kind"])))
         why = "chosen" if name == t["chosen"] else f"not equal work: {other}" if other else ""
         out.append([name, f"{got['seconds'] / max(1, t['steps'] - 1):.2f}" if "seconds" in got else got["error"], why])
     out += [[name, f"{s:.2f}", "before, in another run"] for name, s in t["known"].items() if name not in t["tried"]]
@@ -157,7 +157,8 @@ def show(result: dict[str, Any], console: Console) -> None:
     console.print(f"\n[bold]{result['workload']['name']}[/bold]  {what(result)}", highlight=False)
     table(gates(result), console)
     if not result["passed"]:
-        console.print(f"[bold red]Ours is not equal to the reference (loss within {LOSS_TOLERANCE:g}, cosine above {COSINE}): no speed is quoted.[/bold red]")
+        most = tolerance(result["workload"]["kind"])
+        console.print(f"[bold red]Ours is not equal to the reference (loss within {most:g}, cosine above {COSINE}): no speed is quoted.[/bold red]")
         return
     if result["tuning"]:
         table(tuning(result), console)
