@@ -155,13 +155,15 @@ class Attending:
         dropout = m.attention_dropout if m.training else 0.0
         y = self._packed(frame, q, k, v, dropout)
         if y is None:
-            how = {"dropout": dropout, "scaling": self.how.scaling, "sliding_window": self.how.window, "softcap": self.how.softcap}
+            how: dict[str, Any] = {"dropout": dropout, "scaling": self.how.scaling, "sliding_window": self.how.window, "softcap": self.how.softcap}
             y = attention.attend(m, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attention_mask, **how, **kwargs)[0]
         return m.o_proj(y.reshape(*x_BTD.shape[:-1], -1)), None
 
     def _packed(self, frame: Frame, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor | None:
         segments, window = frame.segments, self.how.window
         assert segments is not None
+        if type(segments) is not Segments or segments.parent is not None:  # ranks share the stream, or examples go on from a shared beginning
+            return None
         if segments.plain or frame.prefixes or dropout or self.how.softcap is not None or not self.how.causal:
             return None
         key = (Layout, q.shape[:3], k.shape[2], q.device)
