@@ -63,7 +63,7 @@ LAW: dict[str, set[str]] = {
     "probe": BASICS | {"site", "attention"},
     "counts": BASICS | {"site", "policy"},
     "methods": BASICS | {"shards", "site", "standin", "attention", "plugins", "layout", "outputs", "lowrank", "prompts", "deep", "wiring", "adapterhub"},
-    "speed": BASICS | {"site", "attention"},
+    "speed": BASICS | {"shards", "site", "attention"},
     "precision": BASICS | {"bnb", "site"},
     "launched": set(),
     "device": {"core"},

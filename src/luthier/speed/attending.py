@@ -23,7 +23,7 @@ from ..core import Segments
 from ..site import Frame, Site, current, using
 from .compiled import Kernels, fits
 from .rows import Rotate
-from .selftest import TOKENS, differs
+from .selftest import TOKENS, at_hand, differs
 
 LINEARS, NORMS = ("q_proj", "k_proj", "v_proj", "o_proj"), ("q_norm", "k_norm")
 
@@ -228,7 +228,7 @@ def _asked(policy: Any, module: Any) -> attention.How | None:
     mode = module.training
     module.eval()
     try:
-        with using(Frame(None, _two(), plans={attention.ASKED: said})):
+        with at_hand([module]), using(Frame(None, _two(), plans={attention.ASKED: said})):
             type(module).forward(module, hidden_states=x, position_embeddings=_rotation(policy, module), attention_mask=None)
     except (RuntimeError, TypeError, ValueError, AttributeError):
         return None
@@ -258,6 +258,7 @@ def _equals(policy: Any, form: Attending) -> bool:
     mode = m.training
     m.eval()
     try:
-        return not differs(plain, faster, [], lm.config.get_text_config().hidden_size, lm.dtype, policy.device)
+        with at_hand([m]):
+            return not differs(plain, faster, [], lm.config.get_text_config().hidden_size, lm.dtype, policy.device)
     finally:
         m.train(mode)

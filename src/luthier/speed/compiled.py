@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..shards import is_sharded
+
 log = logging.getLogger("luthier.speed")
 
 SOURCE = Path(__file__).with_name("rows.cpp")
@@ -62,7 +64,7 @@ class Kernels:
 def fits(*tensors: Tensor) -> bool:
     """Whether kernels take these tensors as they are."""
     dtype = tensors[0].dtype
-    return dtype in NAMES and all(t.device.type in ("cpu", "meta") and t.dtype == dtype and t.is_contiguous() for t in tensors)
+    return dtype in NAMES and all(t.device.type in ("cpu", "meta") and t.dtype == dtype and t.is_contiguous() and not is_sharded(t) for t in tensors)
 
 
 @functools.cache

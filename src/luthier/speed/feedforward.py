@@ -17,7 +17,7 @@ from .compiled import Kernels
 from .linears import Frozen, Group, Term, factors, scales
 from .lora import PLAIN, term_of
 from .rows import swiglu, swiglu_back
-from .selftest import differs, evaluating
+from .selftest import at_hand, differs, evaluating
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
 
@@ -127,5 +127,5 @@ def _equals(policy: Any, form: Gated) -> bool:
             raise RuntimeError("the fused form declines")
         return [y]
 
-    with evaluating([s.edits[policy.name] for s in form.sites if s is not None and policy.name in s.edits]) as edits:
+    with at_hand([form.module]), evaluating([s.edits[policy.name] for s in form.sites if s is not None and policy.name in s.edits]) as edits:
         return not differs(plain, fused, edits, features(form.linears[0].module)[0], policy.lm.dtype, policy.device)

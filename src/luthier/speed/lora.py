@@ -20,7 +20,7 @@ from ..anatomy import blocks, features
 from ..core import Incompatible
 from ..site import Frame, Site, current, sites, using
 from .linears import Frozen, Term, products
-from .selftest import differs, evaluating
+from .selftest import at_hand, differs, evaluating
 
 log = logging.getLogger("luthier.speed")
 
@@ -167,5 +167,5 @@ def _equals(policy: Any, group: Together) -> bool:
         with using(Frame(name)):
             return [site(x) for site in group.members]
 
-    with evaluating([s.edits[name] for s in group.members if name in s.edits]) as edits:
+    with at_hand(s.base for s in group.members), evaluating([s.edits[name] for s in group.members if name in s.edits]) as edits:
         return not differs(apart, together, edits, features(group.members[0].base)[0], lm.dtype, policy.device)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .compiled import Kernels, fits
 from .rows import Rms
-from .selftest import differs
+from .selftest import at_hand, differs
 
 
 class Normed:
@@ -60,4 +60,5 @@ def remove(policy: Any) -> None:
 def _equals(module: nn.Module, weight: Tensor, form: Normed) -> bool:
     if weight.is_meta:
         return form.plus_one == ("Gemma" in type(module).__name__)  # memory is the same either way
-    return not differs(lambda x: [module(x)], lambda x: [form(x)], [], len(weight), weight.dtype, weight.device)
+    with at_hand([module]):
+        return not differs(lambda x: [module(x)], lambda x: [form(x)], [], len(weight), weight.dtype, weight.device)

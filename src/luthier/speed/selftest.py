@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..shards import gathered
 
 TOKENS = 24
 TOLERANCE, HALF_TOLERANCE = 1e-4, 4e-2  # largest difference relative to the largest value, float32 and 16 bits
@@ -75,3 +77,12 @@ def evaluating(edits: Sequence[nn.Module]) -> Iterator[Sequence[Any]]:
     finally:
         for e, mode in zip(edits, modes, strict=True):
             e.train(mode)
+
+
+@contextmanager
+def at_hand(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """While this lasts these modules hold all of their weights, where ranks share a base: outside of a forward each has only its part."""
+    with ExitStack() as stack:
+        for module in {id(m): m for outer in modules for m in outer.modules()}.values():
+            stack.enter_context(gathered(module))
+        yield
