@@ -69,6 +69,9 @@ class Alone:
     def wait(self, what: str = "the others") -> None:
         """Until all ranks are here."""
 
+    def wait_for_first(self, what: str = "the first rank") -> None:
+        """Until the first rank is here, however long it works before."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class OnDevice(Alone):

@@ -98,6 +98,10 @@ class Place(OnDevice):
         if self.size > 1:
             self.group.wait(what)
 
+    def wait_for_first(self, what: str = "the first rank") -> None:
+        if self.size > 1:
+            self.group.wait_for_first(what)
+
     def put(self, policy: nn.Module) -> None:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
