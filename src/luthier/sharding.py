@@ -13,7 +13,9 @@ stacks) and reads the head's weight afterwards, so the trunk's forward is what g
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import platform
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,6 +72,8 @@ class Sharding:
         """Cut a model's weights: in memory, or on the meta device before they are read, in which case only the parts are."""
         from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
+        if self.device.type == "cpu":
+            _give_back_what_is_freed()
         if self.trains:
             _join_tied(lm)
             for p in lm.parameters():
@@ -209,6 +213,16 @@ def blocks_of(lm: nn.Module, anatomy: Anatomy) -> Iterator[nn.Module]:
 def sharding_of(lm: nn.Module) -> Sharding | None:
     """How a model was laid out; None: it is whole on every rank."""
     return lm.__dict__.get("_sharding")
+
+
+def _give_back_what_is_freed() -> None:
+    """glibc's allocator keeps freed blocks for later, and before 2.38 aligned ones hardly ever fit again: a rank that had gathered every block once would hold
+    memory for all of them. Large blocks are mapped one by one instead, and unmapped when they are freed."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 256 * 1024)
+
+
+M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 def _padded(p: Tensor, count: int) -> int:
