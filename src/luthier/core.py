@@ -333,8 +333,8 @@ def answered_batch(rows: Sequence[Row], *, pad: int, packed: bool) -> Batch:
     """The collator of rows that `Answer.row` made: (N,) extras in the order of `scored`; "answers" and "tokens" are counted."""
     batch = next_token_batch(rows, pad=pad, packed=packed)
     trained = [r for r in rows if r.train.any()]
-    for name in trained[0].extras["tokens"] if trained else ():
-        batch.extras[name] = torch.from_numpy(np.concatenate([r.extras["tokens"][name] for r in trained]))
+    for name in rows[0].extras["tokens"]:  # of nothing where a rank has nothing to train
+        batch.extras[name] = torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.float32), *(r.extras["tokens"][name] for r in trained)]))
     batch.units = {"answers": len(trained), "tokens": batch.units["tokens"]}
     return batch
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import pickle
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from .launched import Launched, launched
 
 T = TypeVar("T")
 GRACE = 60.0  # seconds that torch waits longer than we do, so that it is we who say which rank is missing
+SPEAKING, ALONE = 0.5, 10.0  # seconds: to speak in; after which a rank has failed alone
 _GROUP: list[Group] = []
 
 
@@ -37,8 +39,17 @@ def _leave() -> None:
 
 
 def first_to_say(sentence: str) -> bool:
-    """Whether this rank is the one that tells of a failure: the first to fail; before the ranks have joined, rank 0."""
-    return _GROUP[0].heart.first_to_say(sentence) if _GROUP else launched().leads
+    """Whether this rank is the one that tells of a failure: the first to fail; before the ranks have joined, rank 0.
+
+    The others wait: torchrun ends all once one has, and who speaks must have spoken. Who is not ended meanwhile has failed alone, and says so.
+    """
+    if _GROUP:
+        first = _GROUP[0].heart.first_to_say(sentence)
+        time.sleep(0.0 if first else SPEAKING)
+        return first
+    if not launched().leads:
+        time.sleep(ALONE)
+    return True
 
 
 def _meeting_point(here: Launched, timeout: float) -> tuple[dist.Store, bool]:
@@ -103,7 +114,8 @@ class Group:
         if total[-1]:
             known += sorted({k for some in self.gather(new, what) for k in some})
             total, there = self._told(named, known, 0, what)
-        return {k: v for k, v, n in zip(known, total, there, strict=False) if n}
+        found = {k: v for k, v, n in zip(known, total, there, strict=False) if n}
+        return {k: found[k] for k in [*named, *(k for k in found if k not in named)]}  # in this rank's order
 
     def _told(self, named: Mapping[str, float], known: list[str], new: int, what: str) -> tuple[list[float], list[float]]:
         """Sums of the known names and of ``new``, and how many ranks have each."""

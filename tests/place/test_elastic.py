@@ -85,6 +85,17 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
 
+def test_an_error_of_all_is_told_once_and_by_the_first_rank(tmp_path: Path) -> None:
+    started = launching.start(2, ["-m", "luthier", "train", str(tmp_path / "data.jsonl"), "optim.lrr=1"])
+    try:
+        until(lambda: started[0].poll() is not None, 60, "an end")
+        assert started[1].poll() is None  # it leaves the first its word, and is then ended, by torchrun
+    finally:
+        started[1].kill()
+    (code, _, said), (_, _, other) = launching.finish(started, 5)
+    assert code == 2 and said == "error: optim.lrr=1: unknown key; did you mean optim.lr?\n" and not other
+
+
 @LAUNCHES
 def test_a_killed_rank_is_started_again_and_the_run_ends_as_if_nothing_had_happened(home: Path) -> None:
     """Dropout is on, so chance must be the same after the restart too. The run is named by the time it began, and is found by the launch."""

@@ -39,6 +39,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = ["red", "green", "blue", "one", "two", "three"]
     said = [" ".join(rng.choices(words, k=rng.randint(1, 5))) for _ in range(60)]
     (folder / "data.jsonl").write_text("".join(json.dumps({"prompt": p, "completion": p.upper()}) + "\n" for p in said))
+    (folder / "more.jsonl").write_text("".join(json.dumps({"prompt": p, "completion": p[::-1]}) + "\n" for p in said))
     (folder / "prompts.jsonl").write_text(
         "".join(json.dumps({"prompt": f"{a} {b}?"}) + "\n" for a in ("who", "what") for b in ("runs", "sews", "sings", "is it"))
     )
@@ -47,29 +48,17 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(home: Path) -> dict[str, list[str]]:
-    """Whole runs that are made by two processes and by one."""
-    sft = [
-        "data.replay.source=[" + str(home / "data.jsonl") + "]",
-        "data.replay.kl=0.1",
-        "evaluate.tasks=[exact_match]",
-        "optim.steps=6",
-        "optim.batch_tokens=200",
-    ]
-    ppo = [
-        "objective=ppo",
-        f"objective.rewards={{{home / 'mine.py'}:small: 1}}",
-        "objective.prompts=3",
-        "objective.samples=2",
-        "objective.max_new=6",
-        "objective.epochs=1",
-        "objective.minibatches=2",
-    ]
-    # A rollout of 3 prompts; 6 answers in 4 steps
+    """Whole runs that are made by two processes and by one: of a mixture, one of its sources a stream, with text replayed beside it; and of own answers."""
+    data, more = home / "data.jsonl", home / "more.jsonl"
+    against = [f"data.replay.source=[{data}]", "data.replay.kl=0.1"]
+    watched = ["evaluate.tasks=[exact_match]", "evaluate.every_steps=3", "checkpoint.every_steps=2", "checkpoint.keep=9"]
+    mixed = f"data.mix={{rule: equal, sources: {{a: {data}, b: {{files: {more}, stream: true, buffer: 20, rows: 60}}}}}}"
+    rollouts = ["objective=ppo", f"objective.rewards={{{home / 'mine.py'}:small: 1}}", "objective.prompts=3", "objective.samples=2", "objective.max_new=6"]
+    passes = ["objective.epochs=1", "objective.minibatches=2", "method={kind: lora, targets: [all, head]}"]
     return {
-        "run-sft": [f"data.train={home / 'data.jsonl'}", *sft, "evaluate.every_steps=3", "checkpoint.every_steps=2", "checkpoint.keep=9"],
-        "run-ppo": [f"data.train={home / 'prompts.jsonl'}", *ppo, "method={kind: lora, targets: [all, head]}", "optim.steps=8",
-                    "data.validation_share=0.3", "evaluate.forgetting=no"],
-    }  # fmt: skip
+        "run-sft": [mixed, *against, *watched, "optim.steps=6", "optim.batch_tokens=200"],
+        "run-ppo": [f"data.train={home / 'prompts.jsonl'}", *rollouts, *passes, "optim.steps=8", "data.validation_share=0.3", "evaluate.forgetting=no"],
+    }
 
 
 def asked(home: Path, out: str, name: str, more: list[str]) -> list[str]:
@@ -148,7 +137,7 @@ def test_every_method_objective_and_precision_trains_as_one_process_does(found: 
     assert len(trained) >= 9 and {t["cell"][1] for t in trained} == set(ranks.OBJECTIVES) and {t["cell"][2] for t in trained} == set(ranks.NEAR)
     for t in told:
         difference, why = ranks.apart(t["one"], t["many"])
-        assert not why and difference <= ranks.NEAR[t["cell"][2]], (t["cell"], difference, why)
+        assert not why and difference <= ranks.allowed(t["cell"]), (t["cell"], difference, why)
 
 
 def test_a_step_sends_the_gradient_once_and_little_else(found: dict[str, Any], home: Path) -> None:
