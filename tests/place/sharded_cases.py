@@ -211,8 +211,10 @@ def choices(folder: Path, size: int) -> dict:
         ("does not fit", ("llama", "lora", "float32"), {"memory": "0.0001GB"}),
         ("its codes fit", ("llama", "lora", "nf4"), {"memory": "0.0001GB"}),
         ("all trains", ("llama", "full", "float32"), {}),
+        ("all trains beside a copy", ("llama", "full", "float32"), {}),
     ):
         run = run_of(folder, *how, shard="auto")
+        run = replace(run, data=replace(run.data, replay=replace(run.data.replay, kl=0.1))) if "copy" in name else run
         base = build.open_base(replace(run, place=replace(run.place, **place)))
         out[name] = base.storage if sharding_of(base.model) is not None else "whole"
     for name, how, place in (

@@ -117,6 +117,7 @@ def test_no_rank_ever_holds_the_whole_model(got):
 
 def test_auto_shards_what_trains_and_what_does_not_fit_and_says_why(got):
     said = got[2]["choices"]
+    assert said["all trains beside a copy"] == "whole"
     assert said["fits"] == "whole" and said["its codes fit"] == "whole"
     assert said["does not fit"] == "sharded over 2 ranks: its 75 KB are more than half of the 100 KB of a device"
     assert said["all trains"] == "sharded over 2 ranks: every weight trains"

@@ -30,7 +30,8 @@ class Place(OnDevice):
     """All processes of a launch."""
 
     shard: Literal["auto", "full", "hybrid", "none"] = "auto"
-    """What of the weights each rank holds. none: all of them."""
+    """What of the weights each rank holds. none: all of them; full: a part of each; hybrid: a part, of which the machine's ranks have all together. auto: none
+    where they fit into half of a device's memory and are not trained, else hybrid or full."""
     offload: bool = False
     """Keep what is sharded in the CPU's memory while it is not computed with."""
     timeout: Annotated[float, Range(1)] = 600.0
@@ -95,9 +96,12 @@ class Place(OnDevice):
         if self.size > 1:
             self.group.wait(what)
 
-    def sharding(self, on_meta: Callable[[], nn.Module], *, trains: bool, compute: torch.dtype) -> Sharding | None:
-        """How a base (made on the meta device by ``on_meta``) is laid out over the ranks; None: each holds all of it."""
-        if self.size == 1 or self.shard == "none":
+    def sharding(self, on_meta: Callable[[], nn.Module], *, trains: bool, needs_whole: bool, compute: torch.dtype) -> Sharding | None:
+        """How a base (made on the meta device by ``on_meta``) is laid out over the ranks; None: each holds all of it.
+
+        ``needs_whole``: something of the run wants weights that a rank has not, so it is done only where that is asked for, and then refused by who wants them.
+        """
+        if self.size == 1 or self.shard == "none" or (self.shard == "auto" and needs_whole):
             return None
         self.start()
         return choose(on_meta(), trains=trains, compute=compute, place=self, local_size=launched().local_size)
