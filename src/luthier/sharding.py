@@ -259,13 +259,11 @@ ROOM = 0.5  # of a device's memory that a frozen base may take before it is shar
 
 
 def choose(lm: nn.Module, *, trains: bool, compute: torch.dtype, place: Any, local_size: int) -> Sharding | None:
-    """The layout for a model on the meta device, as ``place.shard`` asks; None: every rank holds all of it.
+    """The layout for a model on the meta device, as ``place.shard`` (auto, full or hybrid) asks; None: every rank holds all of it.
 
     auto: a base that trains is sharded over all ranks; a frozen one that fits into half of a device's memory is not sharded, since gathering it again for every
     micro-batch is traffic for nothing; one that does not is sharded inside each machine where it fits so, else over all ranks.
     """
-    if place.size == 1 or place.shard == "none":
-        return None
     shard, why = place.shard, "as asked"
     machines = place.size // local_size
     if shard == "auto" and trains:
@@ -283,8 +281,6 @@ def choose(lm: nn.Module, *, trains: bool, compute: torch.dtype, place: Any, loc
             f"place.shard: hybrid shards inside each machine and keeps a copy on every machine, and this launch has {place.size} processes, {local_size} of "
             "them on this machine; use shard: full, or start the same number of processes on two machines or more"
         )
-    if place.offload and place.device.type != "cuda":
-        raise LuthierError("place.offload: what is sharded already lies in the CPU's memory here; leave it out, or run on CUDA devices")
     from torch.distributed.device_mesh import init_device_mesh
 
     kind = place.device.type

@@ -223,8 +223,8 @@ def choices(folder: Path, size: int) -> dict:
         ("resident", ("llama", "lora", "nf4"), {}),
     ):
         run = run_of(folder, *how)
-        run = replace(run, place=replace(run.place, **place))
         try:
+            run = replace(run, place=replace(run.place, **place))
             build.open_base(replace(run, precision=replace(run.precision, resident="yes")) if name == "resident" else run)
         except LuthierError as e:
             out[name] = str(e)

@@ -40,6 +40,9 @@ class Place(OnDevice):
     def __post_init__(self) -> None:
         super().__post_init__()
         within_ranges(self)
+        if self.offload and (self.shard == "none" or self.device.type != "cuda"):
+            why = "every rank holds the whole base" if self.shard == "none" else "what is sharded already lies in the CPU's memory here"
+            raise LuthierError(f"offload: {why}, so there is nothing to offload; leave it out")
         here = launched()
         if self.device.type == "mps" and here.size > 1:
             raise LuthierError("several processes do not share an MPS device; start one, or set place.on=cpu")
@@ -101,10 +104,15 @@ class Place(OnDevice):
 
         ``needs_whole``: something of the run wants weights that a rank has not, so it is done only where that is asked for, and then refused by who wants them.
         """
-        if self.size == 1 or self.shard == "none" or (self.shard == "auto" and needs_whole):
-            return None
-        self.start()
-        return choose(on_meta(), trains=trains, compute=compute, place=self, local_size=launched().local_size)
+        found = None
+        if self.size > 1 and self.shard != "none" and not (self.shard == "auto" and needs_whole):
+            self.start()
+            found = choose(on_meta(), trains=trains, compute=compute, place=self, local_size=launched().local_size)
+        if found is None and self.offload:
+            raise LuthierError(
+                "place.offload: this base is not sharded here, so there is nothing to offload; leave it out, or set place.shard=full on several devices"
+            )
+        return found
 
     def put(self, policy: nn.Module) -> None:
         if self.device.type == "cuda":
