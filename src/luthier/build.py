@@ -73,8 +73,15 @@ def open_base(run: Run) -> Base:
     trains_base = run.method.edits == "weights"
     sharding = None
     if hasattr(run.place, "sharding"):
-        sharding = run.place.sharding(lambda: load(run.model, precision=run.precision, weights=False).model, trains=whole, compute=run.precision.dtype)
+        on_meta = lambda: load(run.model, precision=run.precision, weights=False).model  # noqa: E731
+        sharding = run.place.sharding(on_meta, trains=whole, needs_whole=whole and _needs_whole(run), compute=run.precision.dtype)
     return load(run.model, precision=run.precision, device=run.place.device, trains_base=trains_base, sharding=sharding)
+
+
+def _needs_whole(run: Run) -> bool:
+    """Whether something of a run that trains every weight wants them whole on a rank: a copy of the base, moments by blocks, rows for new tokens."""
+    copy = "rollouts" in run.objective.needs and "reference" in run.objective.reads
+    return copy or bool(run.data.replay.kl or run.data.replay.l2sp or run.tokens) or run.optim.state != "float32"
 
 
 def load(

@@ -13,7 +13,9 @@ stacks) and reads the head's weight afterwards, so the trunk's forward is what g
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import platform
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,6 +72,8 @@ class Sharding:
         """Cut a model's weights: in memory, or on the meta device before they are read, in which case only the parts are."""
         from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
+        if self.device.type == "cpu":
+            _give_back_what_is_freed()
         if self.trains:
             _join_tied(lm)
             for p in lm.parameters():
@@ -212,6 +216,16 @@ def sharding_of(lm: nn.Module) -> Sharding | None:
     return lm.__dict__.get("_sharding")
 
 
+def _give_back_what_is_freed() -> None:
+    """glibc's allocator keeps freed blocks for later, and before 2.38 aligned ones hardly ever fit again: a rank that had gathered every block once would hold
+    memory for all of them. Large blocks are mapped one by one instead, and unmapped when they are freed."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 256 * 1024)
+
+
+M_MMAP_THRESHOLD = -3  # of malloc.h
+
+
 def _padded(p: Tensor, count: int) -> int:
     """Numbers of a tensor whose first dimension is filled up to a multiple of ``count``."""
     rows = -(-p.shape[0] // count) * count
@@ -246,13 +260,11 @@ ROOM = 0.5  # of a device's memory that a frozen base may take before it is shar
 
 
 def choose(lm: nn.Module, *, trains: bool, compute: torch.dtype, place: Any, local_size: int) -> Sharding | None:
-    """The layout for a model on the meta device, as ``place.shard`` asks; None: every rank holds all of it.
+    """The layout for a model on the meta device, as ``place.shard`` (auto, full or hybrid) asks; None: every rank holds all of it.
 
     auto: a base that trains is sharded over all ranks; a frozen one that fits into half of a device's memory is not sharded, since gathering it again for every
     micro-batch is traffic for nothing; one that does not is sharded inside each machine where it fits so, else over all ranks.
     """
-    if place.size == 1 or place.shard == "none":
-        return None
     shard, why = place.shard, "as asked"
     machines = place.size // local_size
     if shard == "auto" and trains:
@@ -270,8 +282,6 @@ def choose(lm: nn.Module, *, trains: bool, compute: torch.dtype, place: Any, loc
             f"place.shard: hybrid shards inside each machine and keeps a copy on every machine, and this launch has {place.size} processes, {local_size} of "
             "them on this machine; use shard: full, or start the same number of processes on two machines or more"
         )
-    if place.offload and place.device.type != "cuda":
-        raise LuthierError("place.offload: what is sharded already lies in the CPU's memory here; leave it out, or run on CUDA devices")
     from torch.distributed.device_mesh import init_device_mesh
 
     kind = place.device.type

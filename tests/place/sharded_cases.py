@@ -164,6 +164,7 @@ class Peak:
     def __exit__(self, *_):
         self.over = True
         self.thread.join()
+        self.most = max(self.most, self.now())
         self.bytes = self.most - self.before
 
     def watch(self):
@@ -192,6 +193,9 @@ def loading(folder: Path, size: int) -> dict:
         gc.collect()
         with Peak() as peak:
             base = build.open_base(run_of(folder, "large", method, precision))
+            with torch.no_grad():
+                for p in base.model.parameters():  # what was read of a file and not written to is still the file's
+                    shards.here(p).add_(0)
         out[f"{method} {precision}"] = peak.bytes
         del base
     return out
@@ -207,8 +211,10 @@ def choices(folder: Path, size: int) -> dict:
         ("does not fit", ("llama", "lora", "float32"), {"memory": "0.0001GB"}),
         ("its codes fit", ("llama", "lora", "nf4"), {"memory": "0.0001GB"}),
         ("all trains", ("llama", "full", "float32"), {}),
+        ("all trains beside a copy", ("llama", "full", "float32"), {}),
     ):
         run = run_of(folder, *how, shard="auto")
+        run = replace(run, data=replace(run.data, replay=replace(run.data.replay, kl=0.1))) if "copy" in name else run
         base = build.open_base(replace(run, place=replace(run.place, **place)))
         out[name] = base.storage if sharding_of(base.model) is not None else "whole"
     for name, how, place in (
@@ -217,8 +223,8 @@ def choices(folder: Path, size: int) -> dict:
         ("resident", ("llama", "lora", "nf4"), {}),
     ):
         run = run_of(folder, *how)
-        run = replace(run, place=replace(run.place, **place))
         try:
+            run = replace(run, place=replace(run.place, **place))
             build.open_base(replace(run, precision=replace(run.precision, resident="yes")) if name == "resident" else run)
         except LuthierError as e:
             out[name] = str(e)

@@ -110,17 +110,18 @@ def test_no_rank_ever_holds_the_whole_model(got):
     if not four:
         pytest.skip("no /proc/self/status here, which tells a process's own memory")
     whole = alone["whole"]
-    assert whole > 30e6 and alone["copied"] > 0.9 * whole  # so a whole model would be seen
-    for name, stored in (("lora nf4", whole / 7), ("full float32", whole)):
-        assert four[name] < stored / 4 + 5 * whole / 16 < 0.6 * whole, (name, four)
+    assert whole > 30e6 and alone["copied"] > 0.7 * whole  # so a whole model would be seen; the rest lies where other things lay before
+    assert whole / 4 < four["full float32"] < whole / 4 + 3 * whole / 16
+    assert whole / 32 < four["lora nf4"] < 0.6 * whole  # a weight that is being encoded takes some of its size at a time
 
 
 def test_auto_shards_what_trains_and_what_does_not_fit_and_says_why(got):
     said = got[2]["choices"]
+    assert said["all trains beside a copy"] == "whole"
     assert said["fits"] == "whole" and said["its codes fit"] == "whole"
     assert said["does not fit"] == "sharded over 2 ranks: its 75 KB are more than half of the 100 KB of a device"
     assert said["all trains"] == "sharded over 2 ranks: every weight trains"
-    assert "place.offload" in said["offload"] and "leave it out" in said["offload"]
+    assert "nothing to offload; leave it out" in said["offload"]
     assert "place.shard" in said["hybrid"] and "2 processes" in said["hybrid"]
     assert "precision.resident=yes" in said["resident"]
 

@@ -32,7 +32,8 @@ class Place(OnDevice):
     """All processes of a launch."""
 
     shard: Literal["auto", "full", "hybrid", "none"] = "auto"
-    """What of the weights each rank holds. none: all of them."""
+    """What of the weights each rank holds. none: all of them; full: a part of each; hybrid: a part, of which the machine's ranks have all together. auto: none
+    where they fit into half of a device's memory and are not trained, else hybrid or full."""
     offload: bool = False
     """Keep what is sharded in the CPU's memory while it is not computed with."""
     context: Annotated[int, Range(1)] = 1  # type: ignore[misc]
@@ -43,6 +44,9 @@ class Place(OnDevice):
     def __post_init__(self) -> None:
         super().__post_init__()
         within_ranges(self)
+        if self.offload and (self.shard == "none" or self.device.type != "cuda"):
+            why = "every rank holds the whole base" if self.shard == "none" else "what is sharded already lies in the CPU's memory here"
+            raise LuthierError(f"offload: {why}, so there is nothing to offload; leave it out")
         here = launched()
         if self.device.type == "mps" and here.size > 1:
             raise LuthierError("several processes do not share an MPS device; start one, or set place.on=cpu")
@@ -112,12 +116,20 @@ class Place(OnDevice):
         if self.size > 1:
             self.group.wait_for_first(what)
 
-    def sharding(self, on_meta: Callable[[], nn.Module], *, trains: bool, compute: torch.dtype) -> Sharding | None:
-        """How a base (made on the meta device by ``on_meta``) is laid out over the ranks; None: each holds all of it."""
-        if self.size == 1 or self.shard == "none":
-            return None
-        self.start()
-        return choose(on_meta(), trains=trains, compute=compute, place=self, local_size=launched().local_size)
+    def sharding(self, on_meta: Callable[[], nn.Module], *, trains: bool, needs_whole: bool, compute: torch.dtype) -> Sharding | None:
+        """How a base (made on the meta device by ``on_meta``) is laid out over the ranks; None: each holds all of it.
+
+        ``needs_whole``: something of the run wants weights that a rank has not, so it is done only where that is asked for, and then refused by who wants them.
+        """
+        found = None
+        if self.size > 1 and self.shard != "none" and not (self.shard == "auto" and needs_whole):
+            self.start()
+            found = choose(on_meta(), trains=trains, compute=compute, place=self, local_size=launched().local_size)
+        if found is None and self.offload:
+            raise LuthierError(
+                "place.offload: this base is not sharded here, so there is nothing to offload; leave it out, or set place.shard=full on several devices"
+            )
+        return found
 
     def put(self, policy: nn.Module) -> None:
         if self.device.type == "cuda":
