@@ -124,6 +124,13 @@ class Scale:
             {} if self.gpu is None else self._seconds(run, mesh, layout, work, said, micro),
         )
 
+    def waiting(self, run: Run, mesh: Mesh, layout: Layout) -> float:
+        """Share of a step in which a rank of it neither computes nor updates, by the time alone."""
+        run = _of_lane(run, mesh.ranks // run.place.context)
+        work, said = self._counted(run)
+        found = self._seconds(run, mesh, layout, work, said, 1)
+        return 1.0 - (found["computing"] + found["updating"]) / sum(found.values())
+
     def auto(self, mesh: Mesh, room: float) -> Layout:
         """What place.shard=auto chooses where a device has so many bytes; the rule is sharding.choose's."""
         every = {found.shard: found for found in layouts(mesh)}
@@ -343,4 +350,3 @@ def _part(t: Tensor, parts: int) -> int:
     if not t.dim():
         return t.numel()
     return -(-t.shape[0] // parts) * (t.numel() // t.shape[0]) if t.shape[0] else 0
-
