@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent / "place"))
 
 import launch
 import scale_cases
+
 from luthier.errors import ConfigError, LuthierError
 from luthier.gpus import Mesh, Ring, adding, gathering, gpu
 from luthier.roofline import operations

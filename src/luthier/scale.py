@@ -239,7 +239,7 @@ class Scale:
     def _replicated(self, layout: Layout) -> int:
         """Trained numbers that every rank holds all of."""
         policy = self.plan.policy
-        return sum(p.numel() for p in policy.trained().values() if layout.parts == 1 or not self.trains or not id(p) in self.of_lm)
+        return sum(p.numel() for p in policy.trained().values() if layout.parts == 1 or not self.trains or id(p) not in self.of_lm)
 
     def _weights(self, layout: Layout) -> dict[str, int]:
         """Of the sharded base, in a micro-batch: see sharding.Sharding.traffic, which asks the laid-out model the same."""
