@@ -22,11 +22,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from . import __version__, atomic, layout, lowrank, vocabulary
+from . import __version__, atomic, layout, lowrank, sharded_model, vocabulary
 from .config import plain, read
 from .core import Base, Delta, LuthierError, Method, Objective
 from .plugins import kind_of, plugin
 from .policy import Policy, leave_out_unread
+from .shards import here
 from .site import sites
 
 CONFIG, WEIGHTS, OURS, DELTA = "adapter_config.json", "adapter_model.safetensors", "luthier.json", "delta.safetensors"
@@ -37,6 +38,11 @@ STAGES = "stages.json"  # in the folder of a run of several stages; see ledger.p
 def writes(method: Method | None) -> str:
     """What is written for a method, which is also the name of its folder in a run's: "adapter" or "model"."""
     return "model" if getattr(method, "whole", False) else "adapter"
+
+
+def by_all(policy: Policy) -> bool:
+    """Whether all ranks have to call `save`: what is written lies over them."""
+    return policy.sharded and writes(policy.method) == "model"
 
 
 def tensors_of(policy: Policy) -> dict[str, Tensor]:
@@ -62,6 +68,8 @@ def save(policy: Policy, folder: Path, *, objective: Objective | None = None, ex
     Raises LuthierError rather than keep a delta that is not finite or not what was written.
     """
     assert policy.delta is not None
+    if by_all(policy):
+        return _save_over_ranks(policy, folder, objective=objective, extra=extra)
     tensors = {k: v.to("cpu").contiguous() for k, v in tensors_of(policy).items()}
     broken = [k for k, v in tensors.items() if not bool(torch.isfinite(v).all())]
     if broken:
@@ -120,13 +128,35 @@ def save_model(policy: Policy, folder: Path, *, objective: Objective | None = No
     try:
         with atomic.folder(folder) as new:
             lm.save_pretrained(new)
-            if policy.base.tokenizer is not None:
-                policy.base.tokenizer.save_pretrained(new)
-            if heads:
-                save_file(heads, new / HEADS, metadata={"format": "pt"})
-            (new / OURS).write_text(json.dumps(said, indent=2) + "\n")
+            _beside_model(policy, new, said, heads)
     finally:
         lm.config._attn_implementation = implementation
+
+
+def _beside_model(policy: Policy, folder: Path, said: dict[str, Any], heads: dict[str, Tensor]) -> None:
+    if policy.base.tokenizer is not None:
+        policy.base.tokenizer.save_pretrained(folder)
+    if heads:
+        save_file(heads, folder / HEADS, metadata={"format": "pt"})
+    (folder / OURS).write_text(json.dumps(said, indent=2) + "\n")
+
+
+def _save_over_ranks(policy: Policy, folder: Path, *, objective: Objective | None, extra: dict[str, Any] | None) -> None:
+    """`save` for a whole model that lies over ranks, all of which call it: the same files, by the first of them. Raises LuthierError on all, or on none."""
+    place: Any = policy.place
+    policy.rest()
+    said = facts(policy, objective) | (extra or {})
+    broken = [k for k, v in tensors_of(policy).items() if not bool(torch.isfinite(here(v)).all())]
+    found = [name for some in place.launch.gather(broken, "tensors that are not finite") for name in some]
+    if found:
+        raise LuthierError(f"{folder}: not saved: {len(set(found))} trained tensors are not finite, for example {found[0]!r}; lower optim.lr")
+    new = atomic.begin(folder) if place.leads else atomic.temporary(folder)
+    place.wait("the folder of the model")
+    sharded_model.write(policy.lm, new, leads=place.leads)
+    if place.leads:
+        _beside_model(policy, new, said, {k.removeprefix("heads."): v.to("cpu").contiguous() for k, v in _heads(policy).items()})
+        atomic.finish(folder)
+    place.wait("the model")
 
 
 def facts(policy: Policy, objective: Objective | None = None) -> dict[str, Any]:

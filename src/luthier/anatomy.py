@@ -59,7 +59,9 @@ def cast(model: nn.Module, dtype: torch.dtype) -> None:
 
 def numbers(module: nn.Module) -> int:
     """Parameters of a module and of all in it, those that codes stand for included."""
-    return sum(p.numel() for p in module.parameters()) + sum(m.count for m in module.modules() if isinstance(m, PackedLinear))
+    linears = [m for m in module.modules() if isinstance(m, PackedLinear)]
+    codes = {id(t) for m in linears for t in m.stored().values()}  # parameters themselves where a base is sharded
+    return sum(p.numel() for p in module.parameters() if id(p) not in codes) + sum(m.count for m in linears)
 
 
 def modules(module: nn.Module, path: str = "", seen: set[nn.Module] | None = None) -> Iterator[tuple[str, nn.Module]]:

@@ -16,26 +16,40 @@ from .errors import LuthierError
 @contextmanager
 def folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside ``path`` that takes its place when the block ends well, after everything in it is on disk."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        for file in temporary.rglob("*"):
-            _sync(file)
-        _sync(temporary)
-        old = path.with_name(f".{path.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if path.exists():
-            path.rename(old)
-        temporary.rename(path)
-        _sync(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        yield begin(path)
+        finish(path)
     except BaseException as e:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary(path), ignore_errors=True)
         if said := _system_error(e):
             raise LuthierError(f"{path}: cannot be written: {said}; free space or choose another folder (out=FOLDER)") from e
         raise
+
+
+def temporary(path: Path) -> Path:
+    """The folder that `folder` fills before it takes the place of ``path``."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+def begin(path: Path) -> Path:
+    """Make that folder, for what is filled by several processes or later."""
+    shutil.rmtree(temporary(path), ignore_errors=True)
+    temporary(path).mkdir(parents=True)
+    return temporary(path)
+
+
+def finish(path: Path) -> None:
+    """Let it take its place, once everything in it is on disk."""
+    for file in temporary(path).rglob("*"):
+        _sync(file)
+    _sync(temporary(path))
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    temporary(path).rename(path)
+    _sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager

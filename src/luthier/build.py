@@ -74,8 +74,15 @@ def open_base(run: Run) -> Base:
     trains_base = run.method.edits == "weights"
     sharding = None
     if hasattr(run.place, "sharding"):
-        sharding = run.place.sharding(lambda: load(run.model, precision=run.precision, weights=False).model, trains=whole, compute=run.precision.dtype)
+        on_meta = lambda: load(run.model, precision=run.precision, weights=False).model  # noqa: E731
+        sharding = run.place.sharding(on_meta, trains=whole, needs_whole=whole and _needs_whole(run), compute=run.precision.dtype)
     return load(run.model, precision=run.precision, device=run.place.device, trains_base=trains_base, sharding=sharding)
+
+
+def _needs_whole(run: Run) -> bool:
+    """Whether something of a run that trains every weight wants them whole on a rank: a copy of the base, moments by blocks, rows for new tokens."""
+    copy = "rollouts" in run.objective.needs and "reference" in run.objective.reads
+    return copy or bool(run.data.replay.kl or run.data.replay.l2sp or run.tokens) or run.optim.state != "float32"
 
 
 def load(
@@ -116,12 +123,19 @@ def load(
     if precision.packed and (model.random or not weights):
         quantised.pack(lm, precision)
     tokenizer = load_tokenizer(model) if _has_tokenizer(folder) else None
-    if sharding is not None and weights:
+    if sharding is not None:
+        if getattr(precision, "resident", "") == "yes":
+            raise Incompatible(
+                "precision.resident=yes: decoded weights of a base that is sharded over ranks are not kept; use resident=no, or place.shard=none"
+            )
         if sharding_of(lm) is None:
             sharding.lay_out(lm)
         sharding.settle(lm)
     lm = lm.to(device) if weights and sharding is None else lm
-    storage = quantised.settle(lm, precision) if precision.packed and weights and sharding is None else "" if sharding is None else sharding.said
+    if sharding is not None:
+        storage = sharding.said
+    else:
+        storage = quantised.settle(lm, precision) if precision.packed and weights else ""
     base = adopt(lm, tokenizer, source=model.id, revision=model.revision)
     base.hash, base.precision, base.storage = hash, precision, storage
     if headless:

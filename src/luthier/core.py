@@ -123,10 +123,13 @@ class Batch(Stream):
     where: tuple[str, ...] = ()  # the source of each example, for messages
     beside: Batch | None = None  # examples that are only read, without gradients (KTO's answers to other prompts)
     parts: dict[str, Batch] = field(default_factory=dict)  # of several tasks in one stream: each task's own batch, in the order in which they lie there
+    idle: bool = False  # of a rank that has nothing to train in a step, and reads something because the others do
 
     @property
     def tokens(self) -> int:
         """How many positions hold a token of an example, the encoder's side and what is only read included."""
+        if self.idle:
+            return 0
         return int(self.segments.length.sum()) + sum(s.tokens for s in (self.source, self.beside) if s is not None)
 
     def to(self, device: torch.device) -> Batch:
@@ -340,8 +343,8 @@ def answered_batch(rows: Sequence[Row], *, pad: int, packed: bool) -> Batch:
     """The collator of rows that `Answer.row` made: (N,) extras in the order of `scored`; "answers" and "tokens" are counted."""
     batch = next_token_batch(rows, pad=pad, packed=packed)
     trained = [r for r in rows if r.train.any()]
-    for name in trained[0].extras["tokens"] if trained else ():
-        batch.extras[name] = torch.from_numpy(np.concatenate([r.extras["tokens"][name] for r in trained]))
+    for name in rows[0].extras["tokens"]:  # of nothing where a rank has nothing to train
+        batch.extras[name] = torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.float32), *(r.extras["tokens"][name] for r in trained)]))
     batch.units = {"answers": len(trained), "tokens": batch.units["tokens"]}
     return batch
 

@@ -47,8 +47,10 @@ def total(policy: Policy) -> tuple[int, int]:
     """(trained, all): parameters the optimizer moves, and parameters of the base with its heads; a tied tensor counts once."""
     parts = [*(m for _, m in modules(policy.lm)), *policy.heads.modules()]
     own = {id(p): p for module in parts for p in module.parameters(recurse=False)}
-    codes = sum(m.count for m in parts if isinstance(m, PackedLinear))
-    return sum(p.numel() for p in policy.trained().values()), sum(p.numel() for p in own.values()) + codes
+    linears = [m for m in parts if isinstance(m, PackedLinear)]
+    for t in (t for m in linears for t in m.stored().values()):  # parameters themselves where the base is sharded
+        own.pop(id(t), None)
+    return sum(p.numel() for p in policy.trained().values()), sum(p.numel() for p in own.values()) + sum(m.count for m in linears)
 
 
 def sentence(c: Count) -> str:

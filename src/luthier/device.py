@@ -87,6 +87,27 @@ class Alone:
         """Until all ranks are here."""
 
 
+class Together(Alone):
+    """What a policy has whose base lies over the ranks: each forward is one of all of them, so all do all of the work and have all results. Who
+    writes, and what is looked at once, is as in the launch."""
+
+    def __init__(self, launch: Alone):
+        self.launch = launch
+
+    @property
+    def leads(self) -> bool:
+        return self.launch.leads
+
+    def doing(self, what: str) -> AbstractContextManager[None]:
+        return self.launch.doing(what)
+
+    def share(self, own: T, what: str = "settings") -> T:
+        return self.launch.share(own, what)
+
+    def wait(self, what: str = "the others") -> None:
+        self.launch.wait(what)
+
+
 @dataclass(frozen=True, kw_only=True)
 class OnDevice(Alone):
     """Settings of a place whose ranks have one device each."""

@@ -27,16 +27,21 @@ FOLDER = ".launches"
 
 
 def remember(run: Run, folder: Path) -> None:
-    """Note that this launch is in the run of ``folder``."""
+    """Note that this launch is in the run of ``folder``; notes of runs that are gone or have finished are removed."""
     if (file := _file(run)) is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
+        for note in file.parent.iterdir():
+            before = Path(run.out) / note.read_text(encoding="utf-8").strip()
+            if not before.is_dir() or (before / "result.json").is_file():
+                note.unlink(missing_ok=True)
         atomic.text(file, folder.name + "\n")
 
 
-def interrupted(run: Run) -> Path | None:
-    """The folder of the run that this launch was in before it was started again, where that has a checkpoint to go on from; None otherwise.
+def begun(run: Run) -> Path | None:
+    """The folder of the run that this launch was in before it was started again; None where there is none.
 
-    A folder without a checkpoint is removed: the run begins again in its place. One that has finished is left alone, unless torchrun started this process anew.
+    It has a checkpoint to go on from, or is removed: the run begins again in its place. One that has finished is left alone, unless torchrun started this
+    process anew.
     """
     file = _file(run)
     if file is None or not file.is_file():
@@ -44,10 +49,9 @@ def interrupted(run: Run) -> Path | None:
     folder = Path(run.out) / file.read_text(encoding="utf-8").strip()
     if not folder.is_dir() or ((folder / "result.json").is_file() and not launched().restarts):
         return None
-    if checkpoint.steps(folder):
-        return folder
-    shutil.rmtree(folder, ignore_errors=True)
-    return None
+    if not checkpoint.steps(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+    return folder
 
 
 def _file(run: Run) -> Path | None:

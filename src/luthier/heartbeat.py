@@ -1,7 +1,7 @@
 """Which rank is missing, and in which operation.
 
-Every rank has a thread that tells the launch's store now and then that it lives, what it waits in or where it computes: one small message every few seconds,
-none for an operation. Where an operation lasts longer than the timeout, the ranks that wait look at what the others have told: one that is silent (stopped,
+Every rank has a thread that tells the launch's store now and then that it lives, what it waits in or where it computes: one small message a second, none for
+an operation. Where an operation lasts longer than the timeout, the ranks that wait look at what the others have told: one that is silent (stopped,
 gone, its machine lost) and one that is alive but elsewhere (a slow disk, an endless loop) are told apart. The thread can do this while the main thread hangs
 in a collective, on gloo and on NCCL alike, and then ends the process, so that torchrun starts all again or stops.
 """
@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -31,10 +32,11 @@ class Lost(LuthierError):
 class Heart:
     """The heartbeat of one rank, and its watch over its own waiting."""
 
-    def __init__(self, store: Any, rank: int, size: int, timeout: float, prefix: str):
-        self.rank, self.size, self.timeout = rank, size, timeout
-        self.every = min(5.0, timeout / 4)
-        self.store = dist.PrefixStore(prefix, store.clone())
+    def __init__(self, store: Any, rank: int, size: int, timeout: float, hosts: bool):
+        """``hosts``: this rank holds the store."""
+        self.rank, self.size, self.timeout, self.hosts = rank, size, timeout, hosts
+        self.every = min(timeout / 4, max(1.0, size / 200))  # at most some 200 messages a second at the meeting point
+        self.store = dist.PrefixStore("heart", store.clone())
         self.store.set_timeout(timedelta(seconds=max(1.0, self.every)))
         self.lock = threading.Lock()
         self.beats = self.count = 0
@@ -65,11 +67,12 @@ class Heart:
         """Wait until every rank has come. Raises Lost with those that have not."""
         self._beat()
         end = time.monotonic() + self.timeout
-        while absent := [r for r in range(self.size) if not self.store.check([f"beat/{r}"])]:
+        while not self.store.check([f"beat/{r}" for r in range(self.size)]):
             if time.monotonic() > end:
+                absent = [r for r in range(self.size) if not self.store.check([f"beat/{r}"])]
                 named = ", ".join(str(r) for r in absent[:8]) + (f" and {len(absent) - 8} more" if len(absent) > 8 else "")
                 raise Lost(f"rank {named} of {self.size} did not start within {self.timeout:g} s; look at its machine, or give it longer (place.timeout)")
-            time.sleep(0.02)
+            time.sleep(0.05)
 
     def first_to_say(self, sentence: str) -> bool:
         """Whether nobody has told of a failure before; what is told ends the others too."""
@@ -83,20 +86,35 @@ class Heart:
     def lost(self, why: str) -> Lost:
         """What is known where an operation failed or lasted too long."""
         waited, what = time.monotonic() - self.since, self.what
-        missing = self._missing()
-        said = "; ".join(missing) or f"all ranks still answer ({why.splitlines()[0][:200]})"
-        return Lost(f"{what}: rank {self.rank} of {self.size} waited {waited:.0f} s in vain: {said}. Go on from the last checkpoint with --resume")
+        missing = [told] if (told := self._told()) else self._missing()
+        said = "; ".join(missing) or f"all ranks still answer, and torch says: {why.splitlines()[0][:200] if why else 'nothing'}"
+        return Lost(f"{said}. Rank {self.rank} of {self.size} waited for it {waited:.0f} s in '{what}'. Go on from the last checkpoint with --resume FOLDER")
+
+    def _told(self) -> str:
+        """What a rank that failed has said."""
+        time.sleep(0.2)
+        try:
+            with self.lock:
+                said = self.store.get("ended").decode() if self.store.check(["ended"]) else ""
+        except Exception:
+            return ""
+        rank, _, sentence = said.partition(": ")
+        return f"rank {rank} failed: {sentence}" if said and rank != str(self.rank) else ""
 
     # --- the thread ---------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        heard = time.monotonic()
         while not self.done.wait(self.every):
+            ended = False
             try:
                 self._beat()
                 with self.lock:
                     ended = self.store.check(["ended"])
-            except Exception:  # the store went with its process; the collective that fails next says so
-                ended = False
+                heard = time.monotonic()
+            except Exception:  # the store went with its process
+                if time.monotonic() - heard > self.timeout:
+                    self._end(f"rank {self.rank} has not reached the meeting point (rank 0, or torchrun) for {self.timeout:g} s")
             if self.inside and time.monotonic() - self.since > self.timeout:
                 self._end(str(self.lost("")))
             if ended and not self.done.wait(2 * self.every):  # who failed has said why; this rank would wait for it for ever
@@ -106,6 +124,8 @@ class Heart:
         if sentence is not None and self.first_to_say(sentence):
             print(f"error: {sentence}", file=sys.stderr, flush=True)
         sys.stdout.flush()
+        if self.hosts:
+            time.sleep(4 * self.every)  # the others hear of it here
         os._exit(CODE)
 
     def _beat(self) -> None:
@@ -118,7 +138,8 @@ class Heart:
     def _where(self) -> str:
         """The line of ours that the main thread is in."""
         frame: Any = sys._current_frames().get(self.main)
-        while frame is not None and f"{os.sep}luthier{os.sep}" not in frame.f_code.co_filename:
+        ours = lambda name: f"{os.sep}luthier{os.sep}" in name and name != __file__  # noqa: E731
+        while frame is not None and not ours(frame.f_code.co_filename):
             frame = frame.f_back
         return "" if frame is None else f"{os.path.basename(frame.f_code.co_filename)}, line {frame.f_lineno} ({frame.f_code.co_name})"
 
@@ -136,19 +157,20 @@ class Heart:
     def _missing(self) -> list[str]:
         """The ranks that are not where this one waits, each with what is known of it."""
         before = self._heard()
-        time.sleep(2 * self.every)
+        for _ in range(4):  # while this rank looks at the others they look at it
+            time.sleep(self.every / 2)
+            with suppress(Exception):
+                self._beat()
         out, now = [], self._heard()
         for r in (r for r in range(self.size) if r != self.rank):
             told, name = now.get(r), f"rank {r}"
             if told is None:
                 out.append(f"{name} cannot be heard of, because the meeting point (rank 0, or torchrun) is gone")
                 continue
-            name += f" on {told['host']}"
+            name, where = f"{name} on {told['host']}", f", in {told['at']}" if told["at"] else ""
             if before.get(r, {}).get("beat") == told["beat"]:
-                did = (
-                    f"was waiting in {told['what']}" if told["inside"] else f"was computing after {told['what']}" + (f", in {told['at']}" if told["at"] else "")
-                )
+                did = f"was waiting in '{told['what']}'" if told["inside"] else f"was computing after '{told['what']}'{where}"
                 out.append(f"{name} does not answer any more; when last heard of it {did}")
             elif told["count"] < self.count or (not told["inside"] and told["count"] == self.count):
-                out.append(f"{name} is alive and elsewhere: for {told['for']:.0f} s after {told['what']}" + (f", in {told['at']}" if told["at"] else ""))
+                out.append(f"{name} is alive and elsewhere: for {told['for']:.0f} s after '{told['what']}'{where}")
         return out

@@ -48,7 +48,8 @@ def fingerprint(folder: Path, *, random: bool = False) -> str:
         h.update(f"{path.name}:{size}:".encode())
         with path.open("rb") as f:
             if size <= 64 * _BLOCK:
-                h.update(f.read())
+                while piece := f.read(_BLOCK):
+                    h.update(piece)
             else:
                 for i in range(16):
                     f.seek((size - _BLOCK) * i // 15)

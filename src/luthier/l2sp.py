@@ -25,6 +25,7 @@ from .core import Delta, Incompatible
 from .lowrank import Pair
 from .plugins import kind_of
 from .policy import Policy
+from .shards import is_sharded
 from .site import sites
 
 Term = Callable[[], Tensor]
@@ -35,6 +36,8 @@ def hold(policy: Policy, alpha: float) -> str:
     delta, method = policy.delta, policy.method
     assert delta is not None
     kind = kind_of(method)
+    if any(map(is_sharded, delta.params.values())):
+        raise Incompatible("data.replay.l2sp: the base is sharded over ranks, and this penalty reads whole weights; use place.shard=none, or replay")
     if delta.penalty is not None:
         raise Incompatible(f"data.replay.l2sp: method {kind} has a penalty of its own on how far weights move (method.penalty); use that, and leave l2sp out")
     if getattr(method, "edits", "") == "sequence" or hasattr(method, "candidates"):

@@ -209,14 +209,19 @@ class Optimizer:
             g.grad.zero_()
 
     @property
+    def cut(self) -> bool:
+        """Whether this rank holds only a part of something that trains."""
+        return any(g.cut for g in self.groups)
+
+    @property
     def master_bytes(self) -> int:
-        """Bytes of the masters."""
-        return sum(4 * g.grad.numel() for g in self.groups)
+        """Bytes of the masters, of all ranks together where they are sharded."""
+        return sum(4 * p.numel() for g in self.groups for p in g.params)
 
     @property
     def state_bytes(self) -> int:
         """Bytes of what `state_dict` holds."""
-        exact = sum(8 * g.grad.numel() for g in self.groups if not g.coded)
+        exact = sum(8 * p.numel() for g in self.groups if not g.coded for p in g.params)
         return self.master_bytes + exact + sum(2 * p.numel() + 8 * -(-p.numel() // 256) for g in self.groups if g.coded for p in g.pieces or ())
 
     def masters(self) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -82,6 +82,11 @@ class Policy(nn.Module):
     def sharded(self) -> bool:
         """Whether the base lies over the ranks, so that all of them have to run the same forwards."""
         return sharding_of(self.lm) is not None
+
+    def rest(self) -> None:
+        """Give back what a forward gathered of a sharded base and left for the head: after this its parameters are this rank's parts."""
+        if (sharding := sharding_of(self.lm)) is not None:
+            sharding.rest()
 
     @property
     def limit(self) -> int:
@@ -244,9 +249,9 @@ class Policy(nn.Module):
         self.eval()
         try:
             limit = self.base.max_positions - max((self.room(r) for r in set(routes)), default=0)
-            with prepacked.products(self.lm, max_new):
+            with nullcontext() if self.sharded else prepacked.products(self.lm, max_new):
                 return generation.generate(
-                    lambda batch: (recorded if cuda_graph else decoding.steps_for)(self, [routes[i] for i in batch]),
+                    lambda batch: (recorded if cuda_graph and not self.sharded else decoding.steps_for)(self, [routes[i] for i in batch]),
                     source,
                     limit=limit,
                     room=[limit - (0 if self.base.anatomy.kind == "encoder_decoder" else len(p)) for p in source],

@@ -54,7 +54,7 @@ class Reporter:
     def base(self, base: Base) -> None:
         """The base model and what was probed on it."""
         dtype = str(next(base.model.parameters()).dtype).removeprefix("torch.")
-        stored = f"{kind_of(base.precision)} and {dtype}" if base.storage else dtype
+        stored = f"{kind_of(base.precision)} and {dtype}" if base.storage and base.precision.packed else dtype
         self.head(f"base {base.source}: {base.anatomy.family}, {numbers(base.model):,} parameters in {stored}, {base.max_positions:,} positions, {base.hash}")
         if base.storage:
             self.note(f"stored: {base.storage}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import os
 import pickle
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,10 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .heartbeat import Heart, Lost
-from .launched import launched
+from .launched import Launched, launched
 
 T = TypeVar("T")
 GRACE = 60.0  # seconds that torch waits longer than we do, so that it is we who say which rank is missing
+SPEAKING, ALONE = 0.5, 10.0  # seconds: to speak in; after which a rank has failed alone
 _GROUP: list[Group] = []
 
 
@@ -36,8 +39,31 @@ def _leave() -> None:
 
 
 def first_to_say(sentence: str) -> bool:
-    """Whether this rank is the one that tells of a failure: the first to fail; before the ranks have joined, rank 0."""
-    return _GROUP[0].heart.first_to_say(sentence) if _GROUP else launched().leads
+    """Whether this rank is the one that tells of a failure: the first to fail; before the ranks have joined, rank 0.
+
+    The others wait: torchrun ends all once one has, and who speaks must have spoken. Who is not ended meanwhile has failed alone, and says so.
+    """
+    if _GROUP:
+        first = _GROUP[0].heart.first_to_say(sentence)
+        time.sleep(0.0 if first else SPEAKING)
+        return first
+    if not launched().leads:
+        time.sleep(ALONE)
+    return True
+
+
+def _meeting_point(here: Launched, timeout: float) -> tuple[dist.Store, bool]:
+    """The launch's store, and whether this rank holds it: rank 0, where torchrun does not. Raises Lost where there is none."""
+    where, port, held = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", ""), os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    hosts = here.rank == 0 and not held
+    try:
+        store = dist.TCPStore(where, int(port), None, hosts, timedelta(seconds=timeout), wait_for_workers=False, multi_tenant=True)
+    except (ValueError, RuntimeError) as e:
+        raise Lost(
+            f"rank {here.rank} of {here.size} found no meeting point at MASTER_ADDR={where}, MASTER_PORT={port} within {timeout:g} s "
+            f"({str(e).splitlines()[0][:200]}); start all processes with torchrun, which sets them, or unset WORLD_SIZE"
+        ) from None
+    return dist.PrefixStore(f"start {here.restarts}", store), hosts  # what a store that lives on knows of processes that are gone must not be read
 
 
 class Group:
@@ -49,21 +75,15 @@ class Group:
         self.traffic: Counter[str] = Counter()
         self.names: dict[str, list[str]] = {}  # by what is summed: the names that any rank has had so far, the same list on all
         wait = timedelta(seconds=timeout + GRACE)
-        try:
-            store, _, _ = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=timeout))))  # type: ignore[attr-defined]
-        except Exception as e:
-            raise Lost(
-                f"rank {here.rank} of {here.size} found no meeting point at MASTER_ADDR:MASTER_PORT within {timeout:g} s ({str(e).splitlines()[0][:200]}); "
-                "start all processes with torchrun, which sets them"
-            ) from None
-        self.heart = Heart(store, here.rank, here.size, timeout, f"start {here.restarts}")
+        store, hosts = _meeting_point(here, timeout)
+        self.heart = Heart(store, here.rank, here.size, timeout, hosts)
         self.heart.all_here()
+        self.heart.start()
         if not dist.is_initialized():
             kind = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             more: dict[str, Any] = {"device_id": device} if device.type == "cuda" else {}
             with self.doing("meeting the others"):
                 dist.init_process_group(kind, store=dist.PrefixStore("group", store), rank=here.rank, world_size=here.size, timeout=wait, **more)
-        self.heart.start()
 
     def close(self) -> None:
         """Leave the others."""
@@ -87,14 +107,21 @@ class Group:
     # --- collectives --------------------------------------------------------------------------------------------------
 
     def sums(self, named: Mapping[str, float], what: str) -> dict[str, float]:
-        """The sum of each name over ranks, in float64. A name that no rank has had before costs one more exchange, once."""
+        """The sum of each name that any rank has, in float64. A name that no rank has had before costs one more exchange, once."""
         known = self.names.setdefault(what, [])
         new = sorted(set(named) - set(known))
-        vector = self._sum(torch.tensor([*(named.get(k, 0.0) for k in known), float(len(new))], dtype=torch.float64), what)
-        if vector[-1]:
+        total, there = self._told(named, known, len(new), what)
+        if total[-1]:
             known += sorted({k for some in self.gather(new, what) for k in some})
-            vector = self._sum(torch.tensor([*(named.get(k, 0.0) for k in known), 0.0], dtype=torch.float64), what)
-        return dict(zip(known, vector.tolist()[:-1], strict=True))
+            total, there = self._told(named, known, 0, what)
+        found = {k: v for k, v, n in zip(known, total, there, strict=False) if n}
+        return {k: found[k] for k in [*named, *(k for k in found if k not in named)]}  # in this rank's order
+
+    def _told(self, named: Mapping[str, float], known: list[str], new: int, what: str) -> tuple[list[float], list[float]]:
+        """Sums of the known names and of ``new``, and how many ranks have each."""
+        own = [[named.get(k, 0.0) for k in known] + [float(new)], [float(k in named) for k in known] + [1.0]]
+        total, there = self._sum(torch.tensor(own, dtype=torch.float64), what).tolist()
+        return total, there
 
     def _sum(self, numbers: Tensor, what: str) -> Tensor:
         with self.doing(what):

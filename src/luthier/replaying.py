@@ -71,7 +71,7 @@ def read(run: Run, policy: Policy, sources: tuple[str, ...], objective: Objectiv
     """General text as rows of ``objective``; at most ``held`` of them, and at most a twentieth, are held out."""
     share = 0.05 if held else 0.0
     own: dict[str, Any] = {"validation": (), "validation_share": share, "validation_rows": max(1, held), "shape": "auto", "columns": {}, "limit": None} | data
-    asked = replace(run, objective=objective, data=replace(run.data, train=sources, over_length="truncate", **own))
+    asked = replace(run, objective=objective, data=replace(run.data, train=sources, mix=None, over_length="truncate", **own))
     return read_data(asked, policy.base.tokenizer, positions=policy.limit, say=say, form=form_of(policy.base))
 
 

@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -21,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
 from . import (
     __version__,
@@ -127,9 +127,13 @@ def execute(
     say, asked, program = reporter or Reporter(quiet=not launched().leads), run, resident()
     run, notes = build.resolve(run)
     run.place.start()
+    begun = None
     if resume is None:
-        resume = run.place.share(elastic.interrupted(asked) if run.place.leads else None, "the folder to go on in")
-        notes += [] if resume is None else [f"this launch was started again: going on in {resume}"]
+        begun, stands = run.place.share(_begun(asked) if run.place.leads else (None, False), "the folder to go on in")
+        if stands:
+            assert begun is not None
+            notes.append(f"this launch was started again: going on in {begun}")
+            resume, (run, _) = begun, build.resolve(config.load_run(begun / "run.yaml"))
     for note in notes:
         say.note(note)
     forgetting.check(run)
@@ -153,7 +157,7 @@ def execute(
     if resume is None:
         fit = run.place.share(_in_memory(run, base, prepared, program, say) if run.place.leads else run, "what fits in memory")
         run = replace(run, optim=fit.optim, recompute=fit.recompute)
-    folder = resume or run.place.share(_new_folder(run) if run.place.leads else Path(), "the folder of the run")
+    folder = resume or run.place.share(_new_folder(run, begun) if run.place.leads else Path(), "the folder of the run")
     if resume is None and run.place.leads:
         elastic.remember(asked, folder)
     elastic.all_see(run.place, folder)
@@ -192,7 +196,11 @@ class Session:
 
     def __init__(self, run: Run, folder: Path, base: Any, prepared: Prepared, say: Reporter, asked: Run, program: int):
         self.folder, self.base, self.prepared, self.say, self.asked, self.program = folder, base, prepared, say, asked, program
-        self.place, self.leads = run.place, run.place.leads  # the first rank writes and speaks; all others do the same and keep silent
+        self.place, self.leads, self.sent = (
+            run.place,
+            run.place.leads,
+            Counter(run.place.traffic),
+        )  # the first rank writes and speaks; all others do the same and keep silent
         self.policy, self.objective = build.assemble(run, base)
         lr, why = (run.optim.lr, "as asked") if run.optim.lr is not None else default_lr(run.method, base.width)
         self.packed = base.packs and run.data.pack != "no"
@@ -376,6 +384,7 @@ class Session:
                 if step.step % (self.run.checkpoint.every_steps or 1) == 0 or last or step.signals["asked"] or self.stopped:
                     self._save()
                 if step.signals["asked"]:
+                    checkpoint.settle()
                     raise Interrupted(f"stopped after step {p.step} of {self.steps}, everything is saved; go on with: luthier train --resume {self.folder}")
                 if self.stopped:
                     break
@@ -503,7 +512,7 @@ class Session:
         p = self.progress
         if self.run.evaluate.best and p.best_step and p.best_step != p.step:
             self.place.wait("the best weights")
-            self.optimizer.load_masters(adapter.read_tensors(self.folder / "best" / "masters.safetensors"))
+            checkpoint.take_best(self.folder, self.policy, self.optimizer)
             self.say.note(f"kept the weights of step {p.best_step}, the best on validation")
         after = self._measure(tasks=True)
         log.write("after", p.step, after.numbers())
@@ -517,11 +526,15 @@ class Session:
             facts["replayed"] = replayed
         facts["alarms"] = [asdict(a) for a in self.alarms.raised]
         if self.place.size > 1:
-            facts["ranks"] = {"size": self.place.size, "traffic_bytes": dict(self.place.traffic)}
+            facts["ranks"] = {"size": self.place.size, "traffic_bytes": dict(Counter(self.place.traffic) - self.sent)}
         extra = {"training": facts, remembered.KEY: remembered.told(self.policy, self.run.model.template)}
-        if not self.leads:
+        if self.steps:
+            checkpoint.settle()
+        if not (self.leads or adapter.by_all(self.policy)):
             return after
         adapter.save(self.policy, self.folder / adapter.writes(self.policy.method), objective=self.objective, extra=extra)
+        if not self.leads:
+            return after
         trained, whole = counts.total(self.policy)
         best = {"trained": trained, "total": whole, "peak_bytes": peak_bytes(self.run.place.device), "best_step": self._best(), "stopped": self.stopped}
         atomic.as_json(self.folder / "result.json", facts | best)
@@ -530,16 +543,15 @@ class Session:
     # --- pieces -------------------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        if not self.leads:
+        if not (self.leads or self.optimizer.cut):
             return
         self.progress.alarms = self.alarms.kept()
         facts = {"progress": asdict(self.progress), "run": config.plain(self.run), "digest": config.digest(self.run), "luthier": __version__}
         checkpoint.save(self.folder, self.progress.step, self.policy, self.optimizer, self.feed, keep=self.run.checkpoint.keep, facts=facts)
 
     def _keep_best(self) -> None:
-        if self.run.evaluate.best and self.leads:
-            with atomic.folder(self.folder / "best") as new:
-                save_file({k: v.to("cpu").contiguous() for k, v in self.optimizer.masters().items()}, new / "masters.safetensors")
+        if self.run.evaluate.best and (self.leads or self.optimizer.cut):
+            checkpoint.keep_best(self.folder, self.policy, self.optimizer)
 
     def _samples(self, step: int) -> int | None:
         """Answer the fixed prompts and append them to samples.jsonl; how many stopped by themselves, None where there are none."""
@@ -675,10 +687,10 @@ def _state(run: Run, resume: Path | None, accept_changes: bool, say: Reporter) -
             f"{resume}: no checkpoint to resume from; it holds {', '.join(sorted(p.name for p in resume.iterdir())) if resume.is_dir() else 'nothing'}"
         )
     if state.facts["digest"] != config.digest(run):
-        was = state.facts["run"]
+        was, now = state.facts["run"], config.plain(run)
         with suppress(LuthierError):  # a setting that there is no more
             was = config.plain(config.load_run(was))
-        changed = config.difference(was, config.plain(run))
+        changed = config.difference(was | {"place": {}}, now | {"place": {}})  # what is learned does not depend on where, nor on how many ranks
         if changed and not accept_changes:
             raise LuthierError(
                 "this run is not the one that was interrupted: "
@@ -690,10 +702,17 @@ def _state(run: Run, resume: Path | None, accept_changes: bool, say: Reporter) -
     return state
 
 
-def _new_folder(run: Run) -> Path:
+def _begun(asked: Run) -> tuple[Path | None, bool]:
+    """(the folder that this launch was in before, whether it can go on there)."""
+    folder = elastic.begun(asked)
+    return folder, folder is not None and folder.is_dir()
+
+
+def _new_folder(run: Run, again: Path | None = None) -> Path:
+    """``again``: the folder that this launch had before it was started again."""
     data = "mix" if run.data.mix is not None else Path(run.data.train[0]).stem.replace(" ", "_")[:40] if run.data.train else "data"
     name = run.name or f"{data}-{kind_of(run.method)}-{datetime.now():%Y%m%d-%H%M%S}"
-    folder = Path(run.out) / name
+    folder = again or Path(run.out) / name
     if folder.exists() and any(folder.iterdir()):
         raise LuthierError(
             f"{folder}: there is a run of this name already; choose another (name=...), delete it, or go on with it: luthier train --resume {folder}"

@@ -13,7 +13,9 @@ stacks) and reads the head's weight afterwards, so the trunk's forward is what g
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import platform
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,6 +72,8 @@ class Sharding:
         """Cut a model's weights: in memory, or on the meta device before they are read, in which case only the parts are."""
         from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
+        if self.device.type == "cpu":
+            _give_back_what_is_freed()
         if self.trains:
             _join_tied(lm)
             for p in lm.parameters():
@@ -95,6 +99,8 @@ class Sharding:
                 module.set_custom_reduce_scatter(reduce)
                 module.set_reduce_scatter_unused_params(self.trains)  # what gets no gradient on one rank may get one on another
                 module.set_force_sum_reduction_for_comms(self.device.type != "cuda")  # gloo sums, and does not average
+        for below, block in zip([blocks[0], *blocks], blocks, strict=False):  # by default it asks for what came before in the last forward, an evaluation's too
+            block.set_modules_to_backward_prefetch([below])
         for (module, name), t in parts.items():
             module._parameters[name] = nn.Parameter(shards.like(t, module._parameters[name]), requires_grad=False)
         stacks = [lm.get_encoder(), lm.get_decoder()] if anatomy.kind == "encoder_decoder" else [trunk(lm)]  # type: ignore[operator]
@@ -124,13 +130,13 @@ class Sharding:
             for p in lm.parameters() if self.trains and self.compute != torch.float32 else ():
                 part = shards.here(p)
                 part.copy_(part.to(self.compute))
-        self.move(lm)
+        if self.offload:
+            self.move(lm)
+        else:
+            lm.to(self.device)
 
     def move(self, module: nn.Module) -> None:
-        """To the device; what is offloaded stays on the CPU."""
-        if not self.offload:
-            module.to(self.device)
-            return
+        """What is not sharded to the device. Parts stay where `settle` left them: FSDP2 knows them, and would look for them under a tensor that stands in."""
         for m in module.modules():
             for p in m._parameters.values():
                 if p is not None and not shards.is_sharded(p):
@@ -151,7 +157,7 @@ class Sharding:
         ``backward``: a training step. ``reached``: through how many blocks, from the last, the gradient goes; default: all.
         """
         blocks = list(blocks_of(lm, Anatomy.of(lm)))
-        again = 0 if not backward else len(blocks) if reached is None else reached
+        again = 0 if not backward else len(blocks) if reached is None else min(reached + 1, len(blocks))  # one is asked for ahead
         inside = {id(p) for b in blocks for p in b.parameters()}
         outside = [p for p in lm.parameters() if shards.is_sharded(p) and id(p) not in inside]
         _, count = self.part
@@ -208,6 +214,16 @@ def blocks_of(lm: nn.Module, anatomy: Anatomy) -> Iterator[nn.Module]:
 def sharding_of(lm: nn.Module) -> Sharding | None:
     """How a model was laid out; None: it is whole on every rank."""
     return lm.__dict__.get("_sharding")
+
+
+def _give_back_what_is_freed() -> None:
+    """glibc's allocator keeps freed blocks for later, and before 2.38 aligned ones hardly ever fit again: a rank that had gathered every block once would hold
+    memory for all of them. Large blocks are mapped one by one instead, and unmapped when they are freed."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 256 * 1024)
+
+
+M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 def _padded(p: Tensor, count: int) -> int:

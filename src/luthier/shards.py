@@ -46,7 +46,7 @@ def like(part: Tensor, t: Any) -> Tensor:
         return part
     from torch.distributed.tensor import DTensor
 
-    return DTensor.from_local(part, t.device_mesh, t.placements, run_check=False, shape=t.shape, stride=t.stride())
+    return DTensor(part, t._spec, requires_grad=False)  # from_local would move it to the mesh's device, and parts may lie on the CPU
 
 
 @contextmanager

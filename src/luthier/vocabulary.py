@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from .core import Base, Delta, LuthierError
+from .shards import is_sharded
 from .site import Edit, Site, site_at
 
 KEY = "tokens"
@@ -40,6 +41,8 @@ def extend(base: Base, tokens: Sequence[str]) -> None:
     tokenizer.add_tokens(list(tokens))
     base.tokens = tuple(tokens)
     ids = tokenizer.convert_tokens_to_ids(list(tokens))
+    if is_sharded(lm.get_input_embeddings().weight):  # type: ignore[operator]
+        raise LuthierError("tokens: the rows of this base's embedding lie on several ranks, and none can be added to them; use place.shard=none")
     rows = lm.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     if max(ids) >= rows:
         lm.resize_token_embeddings(max(ids) + 1, mean_resizing=False)  # type: ignore[operator]

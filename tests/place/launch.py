@@ -2,7 +2,7 @@
 
     python tests/place/launch.py MODULE FOLDER SIZE [SIZE ...]
 
-runs ``MODULE.ranks(folder, size)`` on every rank of each size in turn and writes what rank 0 returned to FOLDER/SIZE.json. A rank that fails ends the launch.
+runs ``MODULE.ranks(folder, size, turn)`` on every rank of each size in turn and writes what rank 0 returned to FOLDER/TURN.json. A rank that fails ends it.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from pathlib import Path
 TIMEOUT = 240
 
 
-def launch(module: str, folder: Path, *sizes: int) -> dict[int, dict]:
-    """What rank 0 returned, by the number of ranks."""
+def launch(module: str, folder: Path, *sizes: int) -> list[dict]:
+    """What rank 0 returned in each turn."""
     here = Path(__file__).parent
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, str(Path(__file__)), module, str(folder), *map(str, sizes)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return {n: json.loads((folder / f"{n}.json").read_text()) for n in sizes}
+    return [json.loads((folder / f"{turn}.json").read_text()) for turn in range(len(sizes))]
 
 
-def _rank(module, folder: Path, rank: int, size: int, port: int) -> None:
+def _rank(module, folder: Path, rank: int, size: int, turn: int, port: int) -> None:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(size)}
     os.environ |= {"LOCAL_RANK": str(rank % local), "LOCAL_WORLD_SIZE": str(local)}
@@ -38,9 +38,9 @@ def _rank(module, folder: Path, rank: int, size: int, port: int) -> None:
 
     torch.set_num_threads(1)
     try:
-        out = module.ranks(folder, size)
+        out = module.ranks(folder, size, turn)
         if rank == 0:
-            (folder / f"{size}.json").write_text(json.dumps(out))
+            (folder / f"{turn}.json").write_text(json.dumps(out))
     except BaseException:
         traceback.print_exc()
         os._exit(1)  # the others would be waited for
@@ -51,11 +51,11 @@ def _rank(module, folder: Path, rank: int, size: int, port: int) -> None:
 def main() -> None:
     module, folder = importlib.import_module(sys.argv[1]), Path(sys.argv[2])
     fork = multiprocessing.get_context("fork")
-    for size in map(int, sys.argv[3:]):
+    for turn, size in enumerate(map(int, sys.argv[3:])):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
-        ranks = [fork.Process(target=_rank, args=(module, folder, rank, size, port)) for rank in range(size)]
+        ranks = [fork.Process(target=_rank, args=(module, folder, rank, size, turn, port)) for rank in range(size)]
         for p in ranks:
             p.start()
         waiting = list(ranks)

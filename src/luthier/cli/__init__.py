@@ -127,15 +127,17 @@ Usage: luthier VERB [ARGUMENTS]        luthier VERB --help says what a verb take
 
 
 def _say(sentence: str, code: int) -> int:
-    if _speaks(sentence):
+    if _speaks(sentence, code):
         print(f"error: {sentence}" if code != 130 else sentence, file=sys.stderr, flush=True)
     return code
 
 
-def _speaks(sentence: str) -> bool:
-    """Whether it is this process that says it: of several that torchrun started, the first to fail."""
+def _speaks(sentence: str, code: int) -> bool:
+    """Whether it is this process that says it: of several that torchrun started the first to fail; that they were stopped, which all know, rank 0."""
     if int(os.environ.get("WORLD_SIZE") or 1) == 1:
         return True
+    if code == 130:
+        return os.environ.get("RANK") == "0"
     from ..ranks import first_to_say
 
     return first_to_say(sentence)

@@ -16,6 +16,7 @@ import torch
 from ..core import Batch, LuthierError, Row
 from .order import Chunk, Epochs, Order
 
+IDLE = "(nothing: fewer rows than ranks)"
 Collate = Callable[..., Batch]  # (rows, *, pad, packed)
 
 
@@ -125,7 +126,10 @@ class Batches:
         """This rank's micro-batches of slices of chunks."""
         chosen = _Chosen.of(parts)
         self.taken = int(chosen.lengths.sum())
-        batches = [self.collate(rows, pad=self.pad, packed=self.packed) for rows in self._mine(chosen)]
+        micro_batches = self._mine(chosen)
+        batches = [self.collate(rows, pad=self.pad, packed=self.packed) for rows in micro_batches]
+        for rows, batch in zip(micro_batches, batches, strict=True):
+            batch.idle = rows[0].where == IDLE
         return batches if self.device is None else [b.to(self.device) for b in batches]
 
     def _mine(self, step: _Chosen) -> list[list[Row]]:
@@ -141,7 +145,7 @@ class Batches:
         batches = [[replace(step.row(i), visit=(self.seed, *step.visits[i].tolist())) for i in micro.tolist()] for micro in mine]
         # A step of fewer rows than ranks: the others run the shortest row with nothing trained, because ranks must call the model equally often.
         shortest = step.row(int(by_length[0]))
-        idle = replace(shortest, train=np.zeros(len(shortest), dtype=bool), where="(nothing: fewer rows than ranks)")
+        idle = replace(shortest, train=np.zeros(len(shortest), dtype=bool), where=IDLE)
         return batches + [[idle] for _ in range(wanted - len(batches))]
 
     def _cut(self, places: np.ndarray, step: _Chosen) -> list[np.ndarray]:

@@ -289,6 +289,7 @@ class Rollouts:
 
     def _learn_from(self, rows: list[Row]) -> None:
         o, ranks = self.objective, getattr(self.policy, "place", None)
+        ranks = getattr(ranks, "launch", ranks)  # answers of a sharded base are everybody's, and still each rank learns from its share
         self.rows = rows
         self.inner = Batches(
             rows,

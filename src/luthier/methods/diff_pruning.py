@@ -97,7 +97,7 @@ class Difference:
 
     def __init__(self, weight: Weight, method: Method, shape: HardConcrete):
         self.weight, self.shape = weight, shape
-        zeros = torch.zeros_like(weight.tensor, dtype=torch.float32)
+        zeros = torch.zeros(weight.tensor.shape, device=weight.tensor.device)
         self.value = nn.Parameter(zeros)
         self.gate = nn.Parameter(torch.full_like(zeros, method.gate_start))
         self.group = nn.Parameter(torch.full((), method.gate_start, device=zeros.device)) if method.structured else None

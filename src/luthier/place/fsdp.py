@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..context import Group as Sharers
 from ..context import joined as sharers
 from ..core import LuthierError
-from ..device import OnDevice
+from ..device import OnDevice, Together
 from ..launched import launched
 from ..plugins import Range, within_ranges
 from ..ranks import Group, joined
@@ -32,7 +32,8 @@ class Place(OnDevice):
     """All processes of a launch."""
 
     shard: Literal["auto", "full", "hybrid", "none"] = "auto"
-    """What of the weights each rank holds. none: all of them."""
+    """What of the weights each rank holds. none: all of them; full: a part of each; hybrid: a part, of which the machine's ranks have all together. auto: none
+    where they fit into half of a device's memory and are not trained, else hybrid or full."""
     offload: bool = False
     """Keep what is sharded in the CPU's memory while it is not computed with."""
     context: Annotated[int, Range(1)] = 1  # type: ignore[misc]
@@ -44,6 +45,8 @@ class Place(OnDevice):
         super().__post_init__()
         within_ranges(self)
         here = launched()
+        if self.device.type == "mps" and here.size > 1:
+            raise LuthierError("several processes do not share an MPS device; start one, or set place.on=cpu")
         if self.device.type == "cuda" and here.local >= torch.cuda.device_count():
             raise LuthierError(
                 f"this machine has {torch.cuda.device_count()} CUDA devices and {here.local_size} processes were started on it; say "
@@ -106,9 +109,12 @@ class Place(OnDevice):
         if self.size > 1:
             self.group.wait(what)
 
-    def sharding(self, on_meta: Callable[[], nn.Module], *, trains: bool, compute: torch.dtype) -> Sharding | None:
-        """How a base (made on the meta device by ``on_meta``) is laid out over the ranks; None: each holds all of it."""
-        if self.size == 1 or self.shard == "none":
+    def sharding(self, on_meta: Callable[[], nn.Module], *, trains: bool, needs_whole: bool, compute: torch.dtype) -> Sharding | None:
+        """How a base (made on the meta device by ``on_meta``) is laid out over the ranks; None: each holds all of it.
+
+        ``needs_whole``: something of the run wants weights that a rank has not, so it is done only where that is asked for, and then refused by who wants them.
+        """
+        if self.size == 1 or self.shard == "none" or (self.shard == "auto" and needs_whole):
             return None
         self.start()
         return choose(on_meta(), trains=trains, compute=compute, place=self, local_size=launched().local_size)
@@ -117,6 +123,8 @@ class Place(OnDevice):
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         super().put(policy)
+        if sharding_of(policy.lm) is not None:  # type: ignore[arg-type]
+            policy.place = Together(self)  # type: ignore[assignment]
 
     def move(self, policy: nn.Module) -> None:
         laid_out = sharding_of(policy.lm)  # type: ignore[arg-type]
