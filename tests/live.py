@@ -37,8 +37,11 @@ class Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for t in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(t, Tensor):
-                self._see(t)
-        self.peak = max(self.peak, self.now())
+        if not func.is_view:
+            before = len(self.storages)
+            for t in out if isinstance(out, tuple | list) else (out,):
+                if isinstance(t, Tensor):
+                    self._see(t)
+            if len(self.storages) > before:
+                self.peak = max(self.peak, self.now())
         return out

@@ -46,7 +46,7 @@ def gpu(asked: str) -> Gpu:
         try:
             if key not in numbers or float(value) <= 0:
                 raise ValueError
-            found = replace(found, **{key: float(value)})
+            found = replace(found, **{key: float(value)})  # type: ignore[arg-type]
         except ValueError:
             raise ConfigError(f"--gpu: {change!r} is no number of a GPU; accepted are {', '.join(numbers)}, for example {name},network=25") from None
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from .amounts import seconds, size
@@ -16,21 +16,24 @@ HEADS = ("shard", "a rank holds", "traffic a step", "a step", "of it waiting", "
 
 
 def lines(run: Run, mesh: Mesh, gpu: Gpu, rooms: Mapping[str, int], only: str | None = None) -> Iterator[str]:
-    """What a run takes on a mesh. ``rooms``: names and bytes of the devices that it is judged by; ``only``: this choice of place.shard. Raises LuthierError."""
+    """What a run takes on a mesh. ``rooms``: names and bytes of the devices that it is judged by; ``only``: this choice of place.shard.
+
+    Raises LuthierError for what is not there on such a mesh.
+    """
+    found, where = {layout.shard: layout for layout in layouts(mesh)}, "one machine" if mesh.machines == 1 else f"{mesh.machines} machines"
+    if only is not None and only not in found:
+        raise LuthierError(f"place.shard: {only} is not there on {mesh.ranks} ranks of {where}; accepted are auto, {', '.join(found)}")
     scale, room = Scale(run, gpu), max(rooms.values())
+    every = {name: scale.outlook(run, mesh, layout) for name, layout in found.items()}
     plan = scale.plan
     yield f"base {run.model.id}: {plan.policy.base.anatomy.family}, {plan.whole:,} parameters, precision {kind_of(plan.run.precision)}"
     yield f"method {kind_of(run.method)}: {plan.trained:,} trained parameters; objective {kind_of(run.objective)}; recompute {run.recompute}"
-    machines = f" on {mesh.machines} machines of {mesh.local}" if mesh.machines > 1 else ""
     yield (
-        f"{mesh.ranks:,} ranks{machines}, a {gpu.name} each: {gpu.memory:g} GB, {gpu.bfloat16:g} TFLOP/s in bfloat16, {gpu.link:g} GB/s to its neighbours"
+        f"{mesh.ranks:,} ranks{f' on {where} of {mesh.local}' if mesh.machines > 1 else ''}, each {'an' if gpu.name[0] in 'ahlr' else 'a'} {gpu.name}: "
+        f"{gpu.memory:g} GB, {gpu.bfloat16:g} TFLOP/s in bfloat16, {gpu.link:g} GB/s to its neighbours"
         + (f", {gpu.network:g} GB/s of network" if mesh.machines > 1 else "")
     )
-    found = {layout.shard: layout for layout in layouts(mesh)}
-    if only is not None and only not in found:
-        raise LuthierError(f"place.shard: {only} is not there on {mesh.ranks} ranks of {mesh.machines} machine(s); accepted are auto, {', '.join(found)}")
     chosen = scale.auto(mesh, room) if only is None else found[only]
-    every = {name: scale.outlook(run, mesh, layout) for name, layout in found.items()}
     mine = every[chosen.shard]
     yield from _step(run, mine)
     yield ""
@@ -47,9 +50,9 @@ def _step(run: Run, o: Outlook) -> Iterator[str]:
         yield f"  {o.idle:,} of {o.mesh.ranks:,} ranks have nothing to do in a step: there are fewer examples than ranks (optim.batch_tokens)"
 
 
-def _table(every: object, chosen: Layout, rooms: Mapping[str, int]) -> Iterator[str]:
+def _table(every: Iterable[Outlook], chosen: Layout, rooms: Mapping[str, int]) -> Iterator[str]:
     rows = [HEADS]
-    for o in every:  # type: ignore[attr-defined]
+    for o in every:
         fits = [name for name, room in rooms.items() if o.total <= room]
         waiting = o.step - o.seconds["computing"] - o.seconds["updating"]
         rows.append(
@@ -71,13 +74,15 @@ def _table(every: object, chosen: Layout, rooms: Mapping[str, int]) -> Iterator[
 
 def _parts(o: Outlook) -> Iterator[str]:
     """Memory, traffic and time of one choice, by what they are."""
+    parts: Mapping[str, float]
+    said: Callable[[float], str]
     for title, parts, said in (
         ("memory of a rank", o.standing | o.working, size),
         ("handed to collectives in a step", o.traffic, size),
         ("a step", o.seconds, seconds),
     ):
         whole = sum(parts.values())
-        shown = {k: n for k, n in parts.items() if n > 0.0005 * whole}  # type: ignore[attr-defined]
+        shown = {k: n for k, n in parts.items() if n > 0.0005 * whole}
         if shown:
             yield f"{title}: {said(whole)}"
             yield from (f"  {name:<36}{said(n):>12}" for name, n in sorted(shown.items(), key=lambda p: -p[1]))

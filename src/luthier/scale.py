@@ -124,6 +124,13 @@ class Scale:
             {} if self.gpu is None else self._seconds(run, mesh, layout, work, said, micro),
         )
 
+    def waiting(self, run: Run, mesh: Mesh, layout: Layout) -> float:
+        """Share of a step in which a rank of it neither computes nor updates, by the time alone."""
+        run = _of_lane(run, mesh.ranks // run.place.context)
+        work, said = self._counted(run)
+        found = self._seconds(run, mesh, layout, work, said, 1)
+        return 1.0 - (found["computing"] + found["updating"]) / sum(found.values())
+
     def auto(self, mesh: Mesh, room: float) -> Layout:
         """What place.shard=auto chooses where a device has so many bytes; the rule is sharding.choose's."""
         every = {found.shard: found for found in layouts(mesh)}
@@ -232,7 +239,7 @@ class Scale:
     def _replicated(self, layout: Layout) -> int:
         """Trained numbers that every rank holds all of."""
         policy = self.plan.policy
-        return sum(p.numel() for p in policy.trained().values() if layout.parts == 1 or not self.trains or not id(p) in self.of_lm)
+        return sum(p.numel() for p in policy.trained().values() if layout.parts == 1 or not self.trains or id(p) not in self.of_lm)
 
     def _weights(self, layout: Layout) -> dict[str, int]:
         """Of the sharded base, in a micro-batch: see sharding.Sharding.traffic, which asks the laid-out model the same."""

@@ -148,3 +148,27 @@ def test_a_ceiling_is_planned_as_a_run_would_keep_it(base, capsys):
     code, out, err = said(capsys, *asked, f"place.memory={ceiling}GB")
     assert code == 0, err
     assert f"place.memory is {ceiling} GB" in out and "was set" in out and "optim.micro_tokens=" in out and "place.memory is" not in free
+
+
+def test_many_ranks_are_planned_by_choice_of_sharding(base, capsys):
+    how = ("plan", "--model", base, "precision=bfloat16", "recompute=blocks", "optim.batch_tokens=131072", "--ranks", 16, "--nodes", 2)
+    code, out, err = said(capsys, *how, "--gpu", "a100,network=10", "--on", "40GB")
+    assert code == 0, err
+    assert "16 ranks on 2 machines of 8, a a100 each" not in out and "16 ranks on 2 machines of 8, each an a100: 80 GB" in out and "10 GB/s of network" in out
+    rows = re.findall(r"^[* ] (none|hybrid|full) +([\d.]+ GB|\d+ MB)", out, re.M)
+    assert [r[0] for r in rows] == ["none", "hybrid", "full"] and re.search(r"^\* none .*fits 40GB$", out, re.M)
+    assert "place.shard=none, which auto chooses" in out and "on paper" in out
+    code, out, err = said(capsys, *how, "place.shard=full", "method=full")
+    assert code == 0 and re.search(r"^\* full", out, re.M) and "gradients of weights" in out and "which auto chooses" not in out
+
+
+def test_what_is_wrong_with_a_plan_for_many_is_said_in_a_sentence(base, capsys):
+    for more, expected in (
+        (("--ranks", 6, "--nodes", 4), "--ranks 6 --nodes 4: every machine has as many ranks"),
+        (("--ranks", 8, "--gpu", "h10"), "Did you mean h100?"),
+        (("--ranks", 8, "place.context=3"), "place.context: 3 ranks are to share each sequence, and there are 8"),
+        (("--ranks", 8, "place.context=2", "method=prompt"), "place.context: method prompt lengthens the stream"),
+        (("--ranks", 8, "place.shard=hybrid"), "place.shard: hybrid is not there on 8 ranks of one machine; accepted are auto, none, full"),
+    ):
+        code, out, err = said(capsys, "plan", "--model", base, "precision=bfloat16", *more)
+        assert code == 2 and expected in err and len(err.strip().splitlines()) == 1, err
