@@ -90,10 +90,14 @@ def attending(lm: Any, device: str) -> Iterator[None]:
 
         return forward
 
+    before = [m.__dict__.get("forward") for m in found]  # a faster form of its own (speed/)
     for module in found:
         module.forward = within(module.forward)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for module in found:
-            del module.forward
+        for module, own in zip(found, before, strict=True):
+            if own is None:
+                del module.forward
+            else:
+                module.forward = own
