@@ -155,7 +155,7 @@ class Attending:
         dropout = m.attention_dropout if m.training else 0.0
         y = self._packed(frame, q, k, v, dropout)
         if y is None:
-            how = {"dropout": dropout, "scaling": self.how.scaling, "sliding_window": self.how.window, "softcap": self.how.softcap}
+            how: dict[str, Any] = {"dropout": dropout, "scaling": self.how.scaling, "sliding_window": self.how.window, "softcap": self.how.softcap}
             y = attention.attend(m, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attention_mask, **how, **kwargs)[0]
         return m.o_proj(y.reshape(*x_BTD.shape[:-1], -1)), None
 
