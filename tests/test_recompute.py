@@ -70,4 +70,4 @@ def test_the_prediction_of_memory_falls_with_every_block(tmp_path):
     assert kept == sorted(kept, reverse=True) and len(set(kept)) == 6
     assert plan.predict(replace(run, recompute=6), "cpu", program=0).moments == plan.predict(replace(run, recompute="blocks"), "cpu", program=0).moments
     each = (kept[1] - kept[2]), (kept[2] - kept[3]) / 2
-    assert each[0] == pytest.approx(each[1], rel=0.05)
+    assert each[0] == pytest.approx(each[1], rel=0.1)

@@ -21,6 +21,7 @@ from luthier.place.one import Place
 from luthier.precision.float32 import Precision
 from luthier.run import Run
 from luthier.train import train
+from speed_forms import OFF
 
 PPO = {"kind": "ppo", "rewards": {"bleu": 1.0}}
 GRPO = {"kind": "grpo", "rewards": {"bleu": 1.0}}
@@ -49,7 +50,8 @@ def run(folder, objective, method="lora", **more):
 
 
 def policy_of(folders, objective=PPO, method="lora", base="llama", **more):
-    return build.assemble(run(folders[base], objective, method, **more), opened(folders[base]))
+    """In the plain forms: these tests compare bits with bases that no run assembled."""
+    return build.assemble(run(folders[base], objective, method, speed=OFF, **more), opened(folders[base]))
 
 
 def batch_of(policy, goal, seed=0):

@@ -95,10 +95,14 @@ def attending(lm: Any, device: str) -> Iterator[None]:
 
         return forward
 
+    before = [m.__dict__.get("forward") for m in found]  # a faster form of its own (speed/)
     for module in found:
         module.forward = within(module.forward, bool(getattr(module, "is_causal", True)))  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for module in found:
-            del module.forward
+        for module, own in zip(found, before, strict=True):
+            if own is None:
+                del module.forward
+            else:
+                module.forward = own

@@ -11,6 +11,7 @@ from luthier.methods.dora import Method as Dora
 from luthier.methods.lora import Method as Lora
 from luthier.policy import Policy
 from luthier.precision.nf4 import Precision as NF4
+from luthier.run import Speed
 from luthier.site import Frame, sites, using
 from luthier.speed import linears, lora
 from speed_forms import OFF, apart, batch_for, distances, gradients, only, policy_on
@@ -103,14 +104,17 @@ def test_dropout_and_dora_keep_the_plain_form_and_dropout_off_in_evaluation_does
     assert set(seen) == {2}
 
 
-def test_the_start_is_the_base_bit_for_bit():
+@pytest.mark.parametrize("settings", [ON, Speed()])
+def test_the_start_is_the_reference_bit_for_bit(settings):
     base = tiny.base()
     method = Lora(targets=("all",))
     policy = Policy(base, method.attach(base, "default"), method=method)
-    assert speed.install(policy, ON)
+    assert speed.install(policy, settings)
     batch = batch_for(policy)
     with torch.no_grad():
-        assert torch.equal(policy.hidden(batch), policy.hidden(batch, route=None))
+        now = policy.eval().hidden(batch)
+    with policy.reference():
+        assert torch.equal(now, policy.hidden(batch))
 
 
 def test_installing_leaves_parameters_and_random_numbers_as_they_were():
