@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -369,12 +370,17 @@ def test_the_answers_to_a_prompt_share_it_when_they_are_read_and_when_they_are_l
         policy.share_prompts = how
         rng = np.random.default_rng(0)
         asked = [Row(rng.integers(3, tiny.V, 30).astype(np.int32), np.zeros(30, dtype=bool), str(i), {"task": {"prompt": "?"}}) for i in range(4)]
-        rollouts = feed(policy, objective, asked, micro_tokens=300)
+        rollouts = feed(policy, objective, asked, micro_tokens=2000)
         if not isinstance(objective, Ppo):
             voices.keep_reference(policy, policy.method)
         seen = []
         hook = policy.lm.base_model.register_forward_pre_hook(lambda m, a, k, seen=seen: seen.append(k["input_ids"].shape[1]), with_kwargs=True)
-        losses = [sum(float(v.detach()) for b in step for v in objective.loss(policy, b).sums.values()) for step in (next(rollouts), next(rollouts))]
+        first = next(rollouts)
+        begun = sum((a.examples - 1) * a.tokens for a in first[0].segments.alike)
+        assert begun >= len({r.ids[:30].tobytes() for r in rollouts.rows}) * (objective.samples - 1) * 30  # every prompt once
+        order = [rollouts.rows[i].ids[:30].tobytes() for group in rollout._groups(rollouts.rows, 2000, True) for i in group]
+        assert sum(a != b for a, b in pairwise(order)) == len(set(order)) - 1
+        losses = [sum(float(v.detach()) for b in step for v in objective.loss(policy, b).sums.values()) for step in (first, next(rollouts))]
         hook.remove()
         found[how] = losses, sum(n for n in seen if n > 30)  # forwards of whole examples, not the tokens that are sampled one by one
     np.testing.assert_allclose(found["on"][0], found["off"][0], rtol=2e-4, atol=2e-5)
