@@ -1,10 +1,10 @@
-# make demo | make test | make check | make bench | make results | make matrix: each sets up .venv by itself where it is missing or out of date.
+# make demo | make test | make check | make bench | make results | make matrix | make ranks: each sets up .venv by itself where it is missing or out of date.
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test check bench results matrix
+.PHONY: demo test check bench results matrix ranks
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -28,6 +28,10 @@ results: $(READY)
 
 matrix: $(READY)
 	@$(BIN)/python -m tests.matrix
+
+ranks: $(READY)
+	@$(BIN)/python -m tests.ranks
+	@$(BIN)/python -m tests.ranks --elastic
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "luthier needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Say: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }

@@ -510,6 +510,7 @@ class Place(Protocol):
     def gather(self, own: T, what: str = ...) -> list[T]: ...  # small things of every rank
     def share(self, own: T, what: str = ...) -> T: ...  # what rank 0 has
     def wait(self, what: str = ...) -> None: ...
+    def wait_for_first(self, what: str = ...) -> None: ...  # it may work as long as it lives: reading data
     def doing(self, what: str) -> AbstractContextManager[None]: ...  # an operation in which others are waited for
 
 

@@ -69,6 +69,9 @@ class Alone:
     def wait(self, what: str = "the others") -> None:
         """Until all ranks are here."""
 
+    def wait_for_first(self, what: str = "the first rank") -> None:
+        """Until the first rank is here, however long it works before."""
+
 
 class Together(Alone):
     """What a policy has whose base lies over the ranks: each forward is one of all of them, so all do all of the work and have all results. Who

@@ -72,7 +72,7 @@ def in_turn(place: Place, work: Callable[[], T], what: str) -> T:
     if place.size == 1:
         return work()
     out = [work()] if place.leads else []
-    place.wait(what)
+    place.wait_for_first(what)
     return out[0] if out else work()
 
 

@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -22,6 +23,7 @@ import torch.distributed as dist
 
 from .errors import LuthierError
 
+NAMED = 8  # ranks, at most
 CODE = 1  # exit code of a rank that has waited too long
 
 
@@ -38,7 +40,8 @@ class Heart:
         self.every = min(timeout / 4, max(1.0, size / 200))  # at most some 200 messages a second at the meeting point
         self.store = dist.PrefixStore("heart", store.clone())
         self.store.set_timeout(timedelta(seconds=max(1.0, self.every)))
-        self.lock = threading.Lock()
+        self.lock, self.stuck = threading.Lock(), threading.Thread()  # one question at a time; the one that was not answered
+        self.patience = max(5.0, 2 * self.every)
         self.beats = self.count = 0
         self.what, self.since, self.inside = "start", time.monotonic(), False
         self.main = threading.get_ident()
@@ -74,13 +77,29 @@ class Heart:
                 raise Lost(f"rank {named} of {self.size} did not start within {self.timeout:g} s; look at its machine, or give it longer (place.timeout)")
             time.sleep(0.05)
 
+    def wait_for(self, rank: int, key: str, what: str) -> None:
+        """Until another rank has come to this too, which it says by ``key``; it may take as long as it lives. Raises Lost where it has been silent too long."""
+        if self.rank == rank:
+            self._ask(lambda: self.store.set(key, ""))
+            return
+        told, heard = None, time.monotonic()
+        self.what, self.since = what, heard
+        while True:
+            with suppress(ConnectionError):
+                if self._ask(lambda: self.store.check([key])):
+                    break
+            if (now := self._heard([rank]).get(rank)) != told:
+                told, heard = now, time.monotonic()
+            if time.monotonic() - heard > self.timeout:
+                raise self.lost("")
+            time.sleep(0.1)
+
     def first_to_say(self, sentence: str) -> bool:
         """Whether nobody has told of a failure before; what is told ends the others too."""
         mine = f"{self.rank}: {sentence}"
         try:
-            with self.lock:
-                return self.store.compare_set("ended", "", mine).decode() == mine
-        except Exception:  # the store is gone, and rank 0 with it
+            return bool(self._ask(lambda: self.store.compare_set("ended", "", mine)).decode() == mine)
+        except ConnectionError:
             return True
 
     def lost(self, why: str) -> Lost:
@@ -94,9 +113,8 @@ class Heart:
         """What a rank that failed has said."""
         time.sleep(0.2)
         try:
-            with self.lock:
-                said = self.store.get("ended").decode() if self.store.check(["ended"]) else ""
-        except Exception:
+            said = self._ask(lambda: self.store.get("ended").decode() if self.store.check(["ended"]) else "")
+        except ConnectionError:
             return ""
         rank, _, sentence = said.partition(": ")
         return f"rank {rank} failed: {sentence}" if said and rank != str(self.rank) else ""
@@ -109,10 +127,9 @@ class Heart:
             ended = False
             try:
                 self._beat()
-                with self.lock:
-                    ended = self.store.check(["ended"])
+                ended = self._ask(lambda: self.store.check(["ended"]))
                 heard = time.monotonic()
-            except Exception:  # the store went with its process
+            except ConnectionError:
                 if time.monotonic() - heard > self.timeout:
                     self._end(f"rank {self.rank} has not reached the meeting point (rank 0, or torchrun) for {self.timeout:g} s")
             if self.inside and time.monotonic() - self.since > self.timeout:
@@ -132,8 +149,28 @@ class Heart:
         self.beats += 1
         told = {"beat": self.beats, "count": self.count, "what": self.what, "inside": self.inside, "for": time.monotonic() - self.since}
         told |= {"host": socket.gethostname(), "at": "" if self.inside else self._where()}
-        with self.lock:
-            self.store.set(f"beat/{self.rank}", json.dumps(told))
+        self._ask(lambda: self.store.set(f"beat/{self.rank}", json.dumps(told)))
+
+    def _ask(self, question: Callable[[], Any]) -> Any:
+        """The store's answer. Raises ConnectionError where it gives none: its process is gone, or stopped, when a question would never come back."""
+        answer: list[Any] = []
+
+        def ask() -> None:
+            with suppress(Exception):
+                answer.append(question())
+
+        if not self.lock.acquire(timeout=self.patience):
+            raise ConnectionError
+        try:
+            if not self.stuck.is_alive():
+                self.stuck = threading.Thread(target=ask, daemon=True)
+                self.stuck.start()
+                self.stuck.join(self.patience)
+            if not answer:
+                raise ConnectionError
+            return answer[0]
+        finally:
+            self.lock.release()
 
     def _where(self) -> str:
         """The line of ours that the main thread is in."""
@@ -143,15 +180,16 @@ class Heart:
             frame = frame.f_back
         return "" if frame is None else f"{os.path.basename(frame.f_code.co_filename)}, line {frame.f_lineno} ({frame.f_code.co_name})"
 
-    def _heard(self) -> dict[int, dict[str, Any]]:
+    def _heard(self, ranks: Sequence[int] | None = None) -> dict[int, dict[str, Any]]:
+        """What these ranks, or all, told last."""
         out: dict[int, dict[str, Any]] = {}
-        for r in range(self.size):
+        for r in range(self.size) if ranks is None else ranks:
             try:
-                with self.lock:
-                    if self.store.check([f"beat/{r}"]):
-                        out[r] = json.loads(self.store.get(f"beat/{r}"))
-            except Exception:  # the store is gone
+                told = self._ask(lambda r=r: self.store.get(f"beat/{r}") if self.store.check([f"beat/{r}"]) else None)  # type: ignore[misc]
+            except ConnectionError:
                 return out
+            if told is not None:
+                out[r] = json.loads(told)
         return out
 
     def _missing(self) -> list[str]:
@@ -159,13 +197,15 @@ class Heart:
         before = self._heard()
         for _ in range(4):  # while this rank looks at the others they look at it
             time.sleep(self.every / 2)
-            with suppress(Exception):
+            with suppress(ConnectionError):
                 self._beat()
         out, now = [], self._heard()
+        if not now:
+            return ["the meeting point (rank 0, or torchrun) does not answer any more"]
         for r in (r for r in range(self.size) if r != self.rank):
             told, name = now.get(r), f"rank {r}"
             if told is None:
-                out.append(f"{name} cannot be heard of, because the meeting point (rank 0, or torchrun) is gone")
+                out.append(f"{name} never told anything")
                 continue
             name, where = f"{name} on {told['host']}", f", in {told['at']}" if told["at"] else ""
             if before.get(r, {}).get("beat") == told["beat"]:
@@ -173,4 +213,4 @@ class Heart:
                 out.append(f"{name} does not answer any more; when last heard of it {did}")
             elif told["count"] < self.count or (not told["inside"] and told["count"] == self.count):
                 out.append(f"{name} is alive and elsewhere: for {told['for']:.0f} s after '{told['what']}'{where}")
-        return out
+        return [*out[:NAMED], f"and {len(out) - NAMED} ranks more"] if len(out) > NAMED else out

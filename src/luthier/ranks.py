@@ -73,8 +73,11 @@ class Group:
         here = launched()
         self.rank, self.size, self.device = here.rank, here.size, device
         self.traffic: Counter[str] = Counter()
+        self.turns = 0  # how often rank 0 was waited for
         self.names: dict[str, list[str]] = {}  # by what is summed: the names that any rank has had so far, the same list on all
         wait = timedelta(seconds=timeout + GRACE)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         store, hosts = _meeting_point(here, timeout)
         self.heart = Heart(store, here.rank, here.size, timeout, hosts)
         self.heart.all_here()
@@ -158,3 +161,8 @@ class Group:
     def wait(self, what: str) -> None:
         """Until all are here."""
         self._sum(torch.zeros(1, dtype=torch.float64), what)
+
+    def wait_for_first(self, what: str) -> None:
+        """Until rank 0 is here, however long it works, as long as it lives. Raises Lost where it has been silent for the timeout."""
+        self.turns += 1
+        self.heart.wait_for(0, f"turn {self.turns}", what)

@@ -524,7 +524,8 @@ class Session:
             facts["replayed"] = replayed
         facts["alarms"] = [asdict(a) for a in self.alarms.raised]
         if self.place.size > 1:
-            facts["ranks"] = {"size": self.place.size, "traffic_bytes": dict(Counter(self.place.traffic) - self.sent)}
+            peaks = self.place.gather(peak_bytes(self.place.device), "peaks of memory")
+            facts["ranks"] = {"size": self.place.size, "peak_bytes": peaks, "traffic_bytes": dict(Counter(self.place.traffic) - self.sent)}
         extra = {"training": facts, remembered.KEY: remembered.told(self.policy, self.run.model.template)}
         if self.steps:
             checkpoint.settle()

@@ -147,6 +147,7 @@ def test_a_step_sends_the_gradient_once_and_little_else(found: dict[str, Any], h
     for step in sft[1:]:
         assert gradient <= step["traffic_bytes"] < gradient + 1000  # and so many numbers beside it
     told = json.loads((home / "together" / "run-sft" / "result.json").read_text())["ranks"]
+    assert len(told["peak_bytes"]) == 2 and min(told["peak_bytes"]) > 1e8
     assert told["size"] == 2 and gradient * 6 <= told["traffic_bytes"]["gradients"] < gradient * 6 + 6 * 256
 
 

@@ -99,6 +99,10 @@ class Place(OnDevice):
         if self.size > 1:
             self.group.wait(what)
 
+    def wait_for_first(self, what: str = "the first rank") -> None:
+        if self.size > 1:
+            self.group.wait_for_first(what)
+
     def sharding(self, on_meta: Callable[[], nn.Module], *, trains: bool, needs_whole: bool, compute: torch.dtype) -> Sharding | None:
         """How a base (made on the meta device by ``on_meta``) is laid out over the ranks; None: each holds all of it.
 
