@@ -50,6 +50,10 @@ class Sharding:
     said: str = ""  # in a sentence
     root: Any = None  # once laid out
 
+    def __post_init__(self) -> None:
+        if self.device.type == "cpu":
+            _give_back_what_is_freed()
+
     @property
     def part(self) -> tuple[int, int]:
         """(which, of how many) parts this rank holds."""
@@ -72,8 +76,6 @@ class Sharding:
         """Cut a model's weights: in memory, or on the meta device before they are read, in which case only the parts are."""
         from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
-        if self.device.type == "cpu":
-            _give_back_what_is_freed()
         if self.trains:
             _join_tied(lm)
             for p in lm.parameters():

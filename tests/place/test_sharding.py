@@ -112,7 +112,7 @@ def test_no_rank_ever_holds_the_whole_model(got):
     whole = alone["whole"]
     assert whole > 30e6 and alone["copied"] > 0.7 * whole  # so a whole model would be seen; the rest lies where other things lay before
     assert whole / 4 < four["full float32"] < whole / 4 + 3 * whole / 16
-    assert whole / 32 < four["lora nf4"] < 0.6 * whole  # a weight that is being encoded takes some of its size at a time
+    assert whole / 32 < four["lora nf4"] < 0.8 * whole  # its codes are a thirtieth; the rest is what encoding takes and gives back, which varies
 
 
 def test_auto_shards_what_trains_and_what_does_not_fit_and_says_why(got):
