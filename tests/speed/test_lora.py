@@ -80,6 +80,11 @@ def test_a_mixed_route_a_stack_and_no_route_take_the_plain_path_bit_for_bit(monk
         loss, plain, _ = gradients(policy, OFF, batch, route=route)
         again, same, _ = gradients(policy, ON, batch, route=route)
         assert again == loss and all(torch.equal(plain[n], same[n]) for n in plain)
+    policy.use("default+other")
+    loss, plain, _ = gradients(policy, OFF, batch)
+    again, same, _ = gradients(policy, ON, batch)
+    assert again == loss and all(torch.equal(plain[n], same[n]) for n in plain)
+    policy.use("default")
     del seen[:]
     bare = Policy(tiny.base()).eval()
     batch.route = None
