@@ -41,6 +41,7 @@ LAW: dict[str, set[str]] = {
     "attention": BASICS | {"site"},
     "prompts": {"core", "plugins"},
     "sharing": {"core"},
+    "trunkcache": {"anatomy", "core", "site"},
     "layout": {"core", "anatomy", "site"},
     "outputs": {"core", "site"},
     "lowrank": {"core", "layout"},
