@@ -44,6 +44,7 @@ LAW: dict[str, set[str]] = {
     "attention": BASICS | {"across", "context", "site"},
     "prompts": {"core", "plugins"},
     "sharing": {"core"},
+    "trunkcache": {"anatomy", "core", "site"},
     "layout": {"core", "anatomy", "site"},
     "outputs": {"core", "site"},
     "lowrank": {"core", "layout"},

@@ -44,6 +44,7 @@ class Policy(nn.Module):
         self.voices: dict[str, Any] = {}  # other roles on the same base, see voices.py
         self.voice_heads = nn.ModuleDict()  # theirs; not saved with the delta
         self.reference_route: str | None = None  # what the policy was before training
+        self.trunk_cache: Any = None  # hidden states that enter the lowest block that a run changes (trunkcache.py)
         self.share_prompts: sharing.Sharing = "auto"
         self._copy: list[Any] = []  # the same where the base's own weights are trained; in a list, so that it is no part of this module
         if delta is not None:
@@ -122,13 +123,18 @@ class Policy(nn.Module):
             raise Incompatible(f"the delta {sorted(odd)[0]} edits the head, which scores positions and not examples, so no batch is routed to it; use() it")
         if batch.source is None:
             shorter = self._shorter(batch, route)
-            if shorter is None:
-                return self._run(trunk(self.lm), batch, route, prompted=True)
-            states = self._run(trunk(self.lm), shorter.stream, shorter.route(route), prompted=True)
+            with self.trunk_cache.around(batch, shorter) if self.trunk_cache is not None and not self._copied() else nullcontext():
+                if shorter is None:
+                    return self._run(trunk(self.lm), batch, route, prompted=True)
+                states = self._run(trunk(self.lm), shorter.stream, shorter.route(route), prompted=True)
             return states.flatten(0, 1).index_select(0, shorter.back).view(*batch.shape, states.shape[-1])
         source, encoded = self._encode(batch.source, route)
         seen = {"encoder_hidden_states": encoded, "encoder_attention_mask": real(source).to(self.device)}
         return self._run(self.lm.get_decoder(), batch, route, prompted=False, **seen)
+
+    def _copied(self) -> bool:
+        """Whether a copy of the model is read just now."""
+        return bool(self._copy) and self.lm is self._copy[0]
 
     def _shorter(self, batch: Batch, route: Any) -> sharing.Shorter | None:
         """The batch with what its examples share lying once, where that is the same mathematics and pays."""

@@ -41,6 +41,7 @@ from . import (
     remembered,
     rollouts,
     sharing,
+    trunkcache,
     vocabulary,
 )
 from .alarms import Alarm, Alarms
@@ -238,6 +239,19 @@ class Session:
         self.mixture = Told(run, order, own) if isinstance(own, Batches) and isinstance(order := own.order, Mixture) else None
         self.chooses = hasattr(run.method, "candidates")  # nothing is trained: a prompt is chosen
         self.steps = 0 if self.chooses else self.feed.steps
+        if self.steps and self.judge is None and isinstance(own, Batches):
+            text = [*prepared.train, *prepared.validation]
+            passes = self.steps * own.rows_per_step / max(1, len(prepared.train))
+            self.policy.trunk_cache = trunkcache.of(
+                self.policy,
+                self.objective,
+                text,
+                how=run.speed.trunk_cache,
+                ceiling=run.speed.trunk_cache_gb * 1e9,
+                passes=passes,
+                folder=folder,
+                say=say.note,
+            )
         every = run.evaluate.every_steps or max(1, round(self.steps / 10))
         self.run = replace(
             run,

@@ -31,6 +31,7 @@ class Shorter:
     """A stream with what examples share lying once."""
 
     stream: Stream
+    take: Tensor  # (T',) which position of the whole stream each of its own is
     back: Tensor  # (T,) where each position of the whole stream lies in it; 0 on padding
     example: tuple[int, ...]  # of each segment an example it belongs to: whose route serves it
 
@@ -71,8 +72,9 @@ def shorten(stream: Stream, route: Any, how: Sharing) -> Shorter | None:
         torch.zeros(len(pieces), dtype=torch.long), torch.from_numpy(starts), torch.from_numpy(lengths), parent=torch.tensor([p for *_, p, _ in pieces])
     )
     device = stream.ids.device
-    ids = stream.ids[0].index_select(0, torch.from_numpy(take).to(device))[None]
-    return Shorter(Stream(ids=ids, segments=new), torch.from_numpy(back).to(device), tuple(s for s, *_ in pieces))
+    where = torch.from_numpy(take).to(device)
+    ids = stream.ids[0].index_select(0, where)[None]
+    return Shorter(Stream(ids=ids, segments=new), where, torch.from_numpy(back).to(device), tuple(s for s, *_ in pieces))
 
 
 def said(stream: Stream, how: Sharing) -> str:
