@@ -11,13 +11,13 @@ from .workload import ALL, Workload
 _LLAMA_WANTS = {"default": 8.0, "tuned": 5.0, "memory": 0.4}
 _HALF: dict[str, Any] = {"family": "qwen2", "hidden": 896, "layers": 24, "heads": 14, "kv_heads": 2, "ff": 4864, "vocabulary": 151_936, "prompt_times": 3.0}
 _BERT: dict[str, Any] = {"family": "bert", "kind": "classify", "ff": 3072, "vocabulary": 30_522}
-_SMALL: dict[str, Any] = {"examples": 6, "tries": 2}  # about 800 tokens a step: what a row costs in minutes is mostly the peer as it comes
+_SMALL: dict[str, Any] = {"examples": 5, "tries": 2}  # about 650 tokens a step: what a row costs in minutes is mostly the peer as it comes
 
 
 def short() -> list[Workload]:
     """What `make bench` runs: the 100 M shapes."""
     return [
-        Workload("SFT, LoRA on q, v", wants=_LLAMA_WANTS),
+        Workload("SFT, LoRA on q, v", tries=2, wants=_LLAMA_WANTS),
         Workload("SFT, LoRA on all linears", targets=ALL, wants=_LLAMA_WANTS, **_SMALL),
         Workload("SFT, full fine-tuning", method="full", lr=2e-5, wants={"tuned": 3.0}, **_SMALL),
         Workload("raw text, LoRA on q, v", kind="text", examples=5, tries=2, wants={"tuned": 2.0}),
