@@ -11,12 +11,12 @@ from luthier.policy import Policy, real
 from luthier.run import Speed
 from luthier.site import restoring
 
-OFF = Speed(**dict.fromkeys(Speed.__dataclass_fields__, "off"))
+OFF = Speed.plain()
 
 
 def only(**what) -> Speed:
     """These settings, and off for the rest."""
-    return Speed(**dict.fromkeys(Speed.__dataclass_fields__, "off") | what)
+    return Speed.plain(**what)
 
 
 def policy_on(base, method, *, dtype=torch.float32, name="default", recompute=False) -> Policy:

@@ -223,7 +223,8 @@ class Policy(nn.Module):
         hidden_ND = rule.before_head(self.lm, hidden_ND)
         if tuple(want) == ("logp",) and type(head).forward is nn.Linear.forward:
             weight = head.weight if head.weight.dtype == hidden_ND.dtype else head.weight.to(hidden_ND.dtype)
-            return {"logp": linear_logp(hidden_ND, weight, head.bias, token_N, scale=rule.head_scale / temperature, cap=rule.head_cap, kernel=self.kernel)}
+            kernel = self.kernel if torch.is_grad_enabled() else None  # evaluation is computed plainly: see speed/
+            return {"logp": linear_logp(hidden_ND, weight, head.bias, token_N, scale=rule.head_scale / temperature, cap=rule.head_cap, kernel=kernel)}
 
         def some(h_nD: Tensor, token_n: Tensor) -> tuple[Tensor, ...]:
             logp_nV = (shape_logits(head(h_nD), rule.head_scale, rule.head_cap) / temperature).log_softmax(-1)

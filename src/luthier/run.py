@@ -5,7 +5,7 @@ Each field has one sentence below it; `luthier kinds --schema` and the errors of
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, ClassVar, Literal
 
 from .config import completed
@@ -289,6 +289,11 @@ class Speed:
     """Where only the top blocks train, keep on disk what enters them from the first epoch on, until the run ends. auto: where it is valid and saves a tenth."""
     trunk_cache_gb: Annotated[float, Range(0, low_open=True)] = 8.0
     """Disk that it may take, in GB (1e9 bytes); what would take more is not kept."""
+
+    @classmethod
+    def plain(cls, **what: str) -> Speed:
+        """Everything off but ``what``."""
+        return cls(**{f.name: "off" for f in fields(cls) if f.default == "auto"} | what)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,8 @@
 """Faster equal forms of what `build.assemble` put together: each piece recognises what it knows, is tried against the plain form, and is left out where it
 differs. Nothing here changes a result by more than the order of rounding; each piece has a switch in the section ``speed`` of a run.
+
+They serve forwards that are learned from. Without gradients (evaluation, references, answers) everything is computed plainly: what a run measures is, bit for
+bit, what its adapter gives when it is opened again, and a delta that is switched off is the base.
 """
 
 from __future__ import annotations

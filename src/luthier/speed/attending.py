@@ -142,7 +142,14 @@ class Attending:
     def read(self, x_BTD: Tensor, position_embeddings: Any = None, attention_mask: Any = None, past_key_values: Any = None, **kwargs: Any) -> Any:
         """The output, or None where the module's own forward is asked for."""
         m, frame = self.module, current()
-        if frame is None or frame.segments is None or attention.RECORD in frame.plans or past_key_values is not None or position_embeddings is None:
+        if (
+            not torch.is_grad_enabled()
+            or frame is None
+            or frame.segments is None
+            or attention.RECORD in frame.plans
+            or past_key_values is not None
+            or position_embeddings is None
+        ):
             return None
         cosine, sine = position_embeddings
         shape = (*x_BTD.shape[:-1], -1, m.head_dim)

@@ -54,6 +54,10 @@ class Kernels:
                 function.argtypes, function.restype = types, None
                 self.functions[name, dtype] = function
 
+    def __reduce__(self) -> Any:
+        """A copy of a model has the kernels of this process."""
+        return kernels, ()
+
     def __call__(self, name: str, dtype: torch.dtype, *args: Any) -> None:
         """Run a kernel on torch's number of threads; tensors are given by where they lie. On meta nothing is run."""
         if args[0].is_meta:

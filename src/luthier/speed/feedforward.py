@@ -69,7 +69,7 @@ class Gated:
     def fused(self, x: Tensor) -> Tensor | None:
         """The output, or None where the plain form is asked for."""
         frame = current()
-        if frame is None or isinstance(frame.route, tuple) or "+" in (frame.route or ""):
+        if not torch.is_grad_enabled() or frame is None or isinstance(frame.route, tuple) or "+" in (frame.route or ""):
             return None
         terms = [None if s is None or frame.route is None else term_of(s, frame.route) for s in self.sites]
         if any(t is PLAIN for t in terms) or not all(f.usable(x.dtype) for f in self.linears):

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..anatomy import blocks, features
@@ -48,7 +49,7 @@ class Together:
     def call(self, i: int, x: Tensor, route: str) -> Tensor | None:
         """The output of member ``i``, or None where it is the plain path's."""
         frame = current()
-        if frame is None or "+" in route:
+        if not torch.is_grad_enabled() or frame is None or "+" in route:
             return None
         waiting: _Waiting | None = frame.plans.pop(self, None)
         if waiting is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .compiled import Kernels, fits
@@ -20,7 +21,7 @@ class Normed:
 
     def __call__(self, x: Tensor) -> Tensor:
         weight: Any = self.module._parameters["weight"]
-        if type(self.module) is not self.kind or weight.requires_grad or not fits(x, weight):
+        if not torch.is_grad_enabled() or type(self.module) is not self.kind or weight.requires_grad or not fits(x, weight):
             return self.kind.forward(self.module, x)  # type: ignore[no-any-return]
         return Rms.apply(x, weight, epsilon(self.module), self.plus_one, self.run)  # type: ignore[no-any-return]
 
@@ -33,7 +34,8 @@ def epsilon(module: nn.Module) -> float | None:
 def found(lm: nn.Module) -> Iterator[nn.Module]:
     """The norms that may be RMSNorms (T5 calls its own LayerNorm): one weight and no bias, one epsilon."""
     for module in lm.modules():
-        if "Norm" in type(module).__name__ and list(module._parameters) == ["weight"] and epsilon(module) and "forward" not in module.__dict__:
+        own = "Norm" in type(module).__name__ and not hasattr(type(module), "weight")  # no property stands in for its weight
+        if own and list(module._parameters) == ["weight"] and epsilon(module) and "forward" not in module.__dict__:
             yield module
 
 
