@@ -170,5 +170,5 @@ def test_what_is_wrong_with_a_plan_for_many_is_said_in_a_sentence(base, capsys):
         (("--ranks", 8, "place.context=2", "method=prompt"), "place.context: method prompt lengthens the stream"),
         (("--ranks", 8, "place.shard=hybrid"), "place.shard: hybrid is not there on 8 ranks of one machine; accepted are auto, none, full"),
     ):
-        code, out, err = said(capsys, "plan", "--model", base, "precision=bfloat16", *more)
+        code, _, err = said(capsys, "plan", "--model", base, "precision=bfloat16", *more)
         assert code == 2 and expected in err and len(err.strip().splitlines()) == 1, err

@@ -81,7 +81,7 @@ def watched(folder: Path, name: str, size: int) -> dict:
     return {"standing": live.start, "peak": live.peak, "traffic": traffic}
 
 
-def ranks(folder: Path, size: int) -> dict:
+def ranks(folder: Path, size: int, turn: int) -> dict:
     out = {}
     for name in CASES:
         out[name] = watched(folder, name, size)
