@@ -24,6 +24,7 @@ CASES = [
     ("rows of several lengths", "llama", "lora", "sft", SEVERAL, False, "none"),
     ("packed", "llama", "full", "text", SEVERAL, True, "none"),
     ("packed, recomputed", "qwen3", "lora", "sft", SEVERAL, True, "blocks"),
+    ("of four ranks two have whole examples and are needed by the others", "llama", "full", "text", (32, 32, 56), True, "none"),
     ("so short that a rank has padding only", "llama", "lora", "sft", SHORT, True, "none"),
     ("a prefix, and a rank that has padding only", "llama", "prefix", "sft", SHORT, True, "none"),
     ("a prefix", "llama", "prefix", "sft", SEVERAL, True, "none"),

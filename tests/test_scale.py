@@ -40,7 +40,7 @@ def big(folder: Path, name: str, method: str = "lora", *, recompute: str = "bloc
 def measured(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scale")
     scale_cases.write(folder)
-    return folder, launch.launch("scale_cases", folder, 2, 4)
+    return folder, dict(zip((2, 4), launch.launch("scale_cases", folder, 2, 4), strict=True))
 
 
 @pytest.mark.parametrize("size", [2, 4])

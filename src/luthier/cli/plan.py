@@ -103,7 +103,7 @@ def _many(file: str | None, settings: list[str], ranks: int, nodes: int, name: s
     if file is not None and has_stages(file):
         raise ConfigError("--ranks plans one run, and this file has stages; name the run file of one")
     mesh, device = Mesh(ranks, nodes), gpu(name)
-    if not any(s.startswith(("place.kind=", "place=")) for s in settings) and file is None:
+    if not any(s.startswith(("place.kind=", "place=")) for s in settings):
         settings = ["place.kind=fsdp", *settings]
     from .. import build, context
     from ..outlook import lines, of_ranks
