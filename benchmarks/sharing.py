@@ -35,8 +35,8 @@ from .workload import Workload
 PROMPT = 3  # times the answer
 
 
-def policy_of(work: Workload) -> Policy:
-    """The shape with random weights in bf16 and a LoRA on all linears."""
+def policy_of(work: Workload, *, attach: bool = True) -> Policy:
+    """The shape with random weights in bf16 and, where it is to be attached, a LoRA on all linears."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=work.vocabulary,
@@ -48,6 +48,8 @@ def policy_of(work: Workload) -> Policy:
         tie_word_embeddings=True,
     )
     base = build.adopt(LlamaForCausalLM(config).to(torch.bfloat16))
+    if not attach:
+        return Policy(base)
     method = Lora(targets=("all",), rank=work.rank)
     return Policy(base, method.attach(base, "default"), method=method)
 

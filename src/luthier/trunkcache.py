@@ -131,7 +131,7 @@ def of(
     if why:
         return None
     which = f"of {depth} blocks only the last {trained} train" if trained else f"none of the {depth} blocks trains"
-    said = f"{need / 1e9:.2f} GB of disk until the run ends; speed.trunk_cache=off: not"
+    said = f"{need / 1e6:,.0f} MB of disk until the run ends; speed.trunk_cache=off: not"
     say(f"{which}: what comes out of those below is kept from the first pass on ({said}), {gain:.1f} times less work")
     return cache
 
