@@ -154,7 +154,7 @@ def test_recomputation_and_smaller_micro_batches_take_less_and_cuda_counts_its_o
     run = Run(model={"id": folder}, method="lora", objective="text", precision="bfloat16", data={"max_tokens": 512}, optim={"micro_tokens": 4096})
     work = lambda r, device="cpu": predict(r, device).moments["training"].bytes  # noqa: E731
     whole = work(run)
-    assert whole / 2.1 < work(replace(run, optim=replace(run.optim, micro_tokens=2048))) < whole / 1.8
+    assert whole / 2.1 < work(replace(run, optim=replace(run.optim, micro_tokens=2048))) < whole / 1.7  # the chunk of logits stays as large as it was
     assert work(replace(run, recompute="blocks")) < whole / 4
     prefix = Run(model={"id": folder}, method="prefix", objective="text", precision="bfloat16", data={"max_tokens": 512}, optim={"micro_tokens": 4096})
     assert work(prefix, "cuda") > 2 * work(prefix)  # grouped heads under a mask: CUDA has no kernel for it, and every score is kept

@@ -169,8 +169,7 @@ class _Relay:
         record.objective, record.method = kind_of(stage.asked.objective), kind_of(stage.asked.method)
         record.artefact = f"{record.folder}/{adapter.writes(stage.asked.method)}"
         self.ledger.write(self.stages)
-        if self.results:
-            gc.collect()  # what the stage before held
+        gc.collect()  # what the stage before held, or trying them out
         alone = as_fresh(run, self.threads)
         result = self._execute(stage, run, folder if going_on else None, moved)
         record.state, record.finished, record.sha256 = "done", _now(), artefact_hashes(self.ledger.folder / record.artefact)

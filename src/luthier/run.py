@@ -285,15 +285,16 @@ class Speed:
     share_prompts: Literal["auto", "on", "off"] = "auto"
     """Compute what examples of a packed row begin with once for all of them, as the prompt of a pair's two answers. auto: where that saves enough; on: wherever
     anything is shared, and refuse a model that cannot."""
-    trunk_cache: Literal["auto", "on", "off"] = "auto"
-    """Where only the top blocks train, keep on disk what enters them from the first epoch on, until the run ends. auto: where it is valid and saves a tenth."""
+    trunk_cache: Literal["auto", "on", "off"] = "off"
+    """Where only the top blocks train, keep on disk what enters them from the first epoch on, until the run ends. auto: where it is valid and saves a
+    tenth. off by default: a run that is resumed fills it anew from other batches, and is then the same up to rounding, not bit for bit."""
     trunk_cache_gb: Annotated[float, Range(0, low_open=True)] = 8.0
     """Disk that it may take, in GB (1e9 bytes); what would take more is not kept."""
 
     @classmethod
     def plain(cls, **what: str) -> Speed:
         """Everything off but ``what``."""
-        return cls(**{f.name: "off" for f in fields(cls) if f.default == "auto"} | what)  # type: ignore[arg-type]
+        return cls(**{f.name: "off" for f in fields(cls) if f.default in ("auto", "off")} | what)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, kw_only=True)

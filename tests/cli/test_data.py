@@ -208,7 +208,7 @@ def test_a_judge_ranks_the_answers_of_a_file_and_is_asked_nothing_twice(answers,
     assert lines(out)[0]["collected"] | {"time": ""} == {
         "by": "judge", "judge": "stub", "endpoint": stub.url, "time": "", "principle": "Choose the shorter answer.", "consistent": 3, "pairs": 3
     }  # fmt: skip
-    assert "the same verdict in both orders: 1.000 [1.000, 1.000] n=6" in said and "preferred in 0.500" in said
+    assert "the same verdict in both orders: 1.000 [0.342, 1.000] n=6" in said and "preferred in 0.500" in said
     assert "win rate of answer 1: 1.000" in said and "win rate of answer 3: 0.500" in said
 
 
