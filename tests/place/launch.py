@@ -17,7 +17,7 @@ import sys
 import traceback
 from pathlib import Path
 
-TIMEOUT = 240
+TIMEOUT = 1200  # seconds: what the suite runs takes half a minute, all combinations several
 
 
 def launch(module: str, folder: Path, *sizes: int) -> list[dict]:

@@ -39,7 +39,9 @@ def test_a_sharded_base_trains_as_one_process_does_and_as_replicated_ones(got, n
     losses = lambda steps: [[loss] for loss, _ in steps]  # noqa: E731
     one, two, replicated = got[1]["equal"][name], got[2]["equal"][name], got[2]["equal"][f"{name}, replicated"]
     exact = name.endswith("float32")
-    assert apart(two, replicated) <= 2e-6
+    # what several decoder blocks send back to one encoder is added up in 16 bits, and in another order where blocks are sharded
+    assert apart(two, replicated) <= (1e-3 if name.startswith("t5") and not exact else 2e-6)
+    assert apart(losses(two), losses(replicated)) <= 2e-6
     assert apart(losses(one), losses(two)) <= (1e-6 if exact else 1e-3)
     assert apart(one, two) <= (2e-6 if exact else 1e-2)  # gradients of batches that were put together differently
     if name in sharded_cases.ON_FOUR:
