@@ -202,3 +202,13 @@ def test_names_in_a_scatter_cover_neither_one_another_nor_a_point():
         for _, x, y, _ in points:
             assert not a.contains(*ax.transData.transform((x, y)))
     plt.close(figure)
+
+
+def test_rows_that_learned_from_less_than_others_are_not_said_to_have_had_as_much():
+    t = table_of(found())
+    assert t.about["equal"] == "tokens" and not t.notes
+    fewer = [a_run("lora", 0.68, 4.2, 400) | {"tokens": 12_000}]
+    t = table_of(found(lora=fewer))
+    assert "12,000" in t.notes[0] and "30,000" in t.notes[0] and "slower" in t.notes[0]
+    html = page._about(t)
+    assert "unlike numbers of training tokens" in html and "same number" not in html

@@ -117,9 +117,24 @@ def table_of(found: Found, target: float | None = None) -> Table:
         [*(r.entry for r in done), *(e for e in entries if e.baseline and e.quality is not None), *(e for e in entries if e.problem)],
         measure, "loss", None, "", None if best is None else best.entry, first["test_said"], first["chosen_on"], list(found.notes), _about(found, first),
     )  # fmt: skip
+    if (uneven := _uneven(t.rows)) and found.equal == "tokens":
+        t.notes.insert(0, uneven)
+        t.about["equal"] = "uneven"
     _front(t)
     _target(t, target)
     return t
+
+
+def _uneven(rows: Sequence[Entry]) -> str:
+    """What to say where rows that were to learn from as much did not; "" where they did."""
+    tokens = {e.name: e.tokens for e in rows if e.tokens}
+    if not tokens or max(tokens.values()) <= 1.1 * min(tokens.values()):
+        return ""
+    most, least = (pick(tokens, key=lambda n: tokens[n]) for pick in (max, min))
+    return (
+        f"not all rows learned from as much ({most} {tokens[most]:,} tokens, {least} {tokens[least]:,}): the machine became slower on the way, and "
+        "those that came later got fewer steps; what separates them may be that"
+    )
 
 
 @dataclass

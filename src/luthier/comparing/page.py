@@ -112,7 +112,10 @@ def _plots(drawn: dict[str, tuple[str, bytes, bytes]]) -> str:
 
 def _about(t: Table) -> str:
     a: dict[str, Any] = t.about
-    same = "all rows get the same number of training tokens" if a["equal"] == "tokens" else "all rows get the same training time, so slow ones fewer tokens"
+    same = {
+        "tokens": "all rows get the same number of training tokens",
+        "uneven": "rows got unlike numbers of training tokens, which the table has",
+    }.get(a["equal"], "all rows get the same training time, so slow ones fewer tokens")
     tested = f"{a['test_rows']:,} rows, {t.tests}" + (f"; {a['records']:,} of their prompts are answered" if a["renders"] == "chat" else "")
     items = [
         ("base", f"{shown(a['base'])}, {a['parameters']:,} parameters"),
