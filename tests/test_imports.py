@@ -162,7 +162,7 @@ LAW: dict[str, set[str]] = {
         "saved",
         "site",
     },
-    "pace": {"saved"},
+    "pace": {"saved", "speed"},
     "gpus": {"names"},
     "gathers": {"saved"},
     "roofline": {"gathers", "gpus", "pace", "saved"},

@@ -10,8 +10,9 @@ from torch.utils._pytree import tree_flatten
 from luthier import saved
 from luthier.memory import Plan, stepping, tensors_of
 from luthier.microbatch import batch_of, made_up, shape_of
-from luthier.pace import FREE, NUMBERS, Call, Like, Machine, Ops, part_of
+from luthier.pace import FREE, NUMBERS, Call, Like, Machine, Ops, RowKernel, part_of
 from luthier.run import Run
+from luthier.speed import compiled
 from test_memory import SMALL, deep
 
 aten = torch.ops.aten
@@ -123,3 +124,13 @@ def test_a_call_that_is_larger_takes_longer():
             torch.empty(n, 1024, device="meta") @ torch.empty(1024, 1024, device="meta")
     small, large = sorted(machine.time(ops), key=lambda t: t.call.tensors[0][1].shape[0])
     assert large.seconds > 3 * small.seconds
+
+
+@pytest.mark.skipif(compiled.kernels() is None, reason="no row kernels on this machine (no C++ compiler)")
+def test_row_kernels_which_torch_does_not_see_are_counted_and_timed():
+    on, off = (recorded(Run(model={"id": "fiddle"}, method="lora", precision="bfloat16", speed={"kernels": k}))[0] for k in ("auto", "off"))
+    found = {c.func.name: n for c, n in on.calls.items() if isinstance(c.func, RowKernel)}
+    assert {"rms", "rms_back", "rotate", "miss"} <= set(found) and not any(isinstance(c.func, RowKernel) for c in off.calls)
+    timed = [t for t in Machine(CPU).time(on) if isinstance(t.call.func, RowKernel)]
+    assert all(t.part == 1.0 and 0 < t.seconds < 1 for t in timed)
+    assert not compiled.WATCHING  # nobody watches any more

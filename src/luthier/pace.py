@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from .saved import Watch
+from .speed import compiled
 
 aten = torch.ops.aten
 PRODUCT = 6e9  # floating point operations of a matrix product that is run whole
@@ -81,6 +82,19 @@ class Call:
         return replace(self, leaves=tuple(changes.get(i, leaf) for i, leaf in enumerate(self.leaves)))
 
 
+@dataclass(frozen=True)
+class RowKernel:
+    """A kernel of speed/, which torch does not see as an operation."""
+
+    name: str
+    dtype: torch.dtype
+
+    def __call__(self, *args: Any) -> None:
+        found = compiled.kernels()
+        assert found is not None
+        found(self.name, self.dtype, *args)
+
+
 class Ops(Watch):
     """A watch that also counts the operations that compute something."""
 
@@ -89,13 +103,27 @@ class Ops(Watch):
         self.calls: dict[Call, int] = {}
         self.specs: dict[str, TreeSpec] = {}
 
+    def __enter__(self) -> Any:
+        compiled.WATCHING.append(self._kernel)
+        return super().__enter__()
+
+    def __exit__(self, *how: Any) -> None:
+        compiled.WATCHING.remove(self._kernel)
+        super().__exit__(*how)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.overloadpacket not in FREE and not func.is_view:
-            leaves, spec = tree_flatten((args, kwargs or {}))
-            call = Call(func, tuple(Like.of(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves), str(spec))
-            self.specs.setdefault(call.structure, spec)
-            self.calls[call] = self.calls.get(call, 0) + 1
+            self._called(func, args, kwargs)
         return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _kernel(self, name: str, dtype: torch.dtype, args: tuple[Any, ...]) -> None:
+        self._called(RowKernel(name, dtype), args, None)
+
+    def _called(self, func: Any, args: Any, kwargs: Any) -> None:
+        leaves, spec = tree_flatten((args, kwargs or {}))
+        call = Call(func, tuple(Like.of(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves), str(spec))
+        self.specs.setdefault(call.structure, spec)
+        self.calls[call] = self.calls.get(call, 0) + 1
 
 
 @dataclass(frozen=True)
@@ -181,6 +209,8 @@ def of_one_type(call: Call) -> Call:
 def part_of(call: Call) -> tuple[Call, float]:
     """A smaller call of the same kind, and its share of the work; the call itself where it is small."""
     tensors = dict(call.tensors)
+    if isinstance(call.func, RowKernel):  # it is told how many rows there are
+        return call, 1.0
     if call.func.overloadpacket in PRODUCTS:
         return _smaller_product(call, tensors)
     most = max((t.count for t in tensors.values()), default=0)
