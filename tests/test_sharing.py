@@ -318,3 +318,12 @@ def test_the_last_prompt_position_learns_from_the_first_token_of_every_answer():
     one_by_one = [example_logps(policy, batch_of([r]))[0] for r in rows]
     torch.testing.assert_close(example_logps(policy, batch)[0], torch.cat(one_by_one), atol=1e-5, rtol=1e-5)
     assert Sft().loss(policy, batch).sums["tokens"].item() == pytest.approx(-sum(one_by_one).item(), rel=1e-5)
+
+
+def test_examples_that_are_read_and_not_counted_lie_in_the_shorter_stream_too():
+    """A rank with nothing to train runs the shortest row, whose tokens are nobody's."""
+    batch = next_token_batch(answers(*ROWS), pad=0, packed=True)
+    whole = sharing.shorten(batch, None, "on")
+    uncounted = type("Idle", (Batch,), {"tokens": 0})(**vars(batch))
+    idle = sharing.shorten(uncounted, None, "on")
+    assert whole is not None and idle is not None and torch.equal(idle.take, whole.take) and torch.equal(idle.back, whole.back)

@@ -43,12 +43,13 @@ class Shorter:
 def shorten(stream: Stream, route: Any, how: Sharing) -> Shorter | None:
     """The shorter form of a packed stream; None where nothing is shared, or, with ``how="auto"``, too little. What routes differ in is not shared."""
     segments = stream.segments
+    tokens = int(segments.length.sum())  # all that lie here, also those that a rank only reads and does not count
     least = LEAST_TOKENS if how == "auto" else 1
     groups = [g for g in segments.alike if g.tokens >= least and _one_route(route, g)]
     saved = sum((g.examples - 1) * g.tokens for g in groups)
-    if how == "off" or stream.shape[0] != 1 or stream.inputs or saved < (LEAST_SHARE * stream.tokens if how == "auto" else 1):
+    if how == "off" or stream.shape[0] != 1 or stream.inputs or saved < (LEAST_SHARE * tokens if how == "auto" else 1):
         return None
-    width = round_up(stream.tokens - saved, PACKED_MULTIPLE)
+    width = round_up(tokens - saved, PACKED_MULTIPLE)
     if how == "auto" and width >= stream.shape[1]:
         return None
     start, length = segments.start.numpy(), segments.length.numpy()
@@ -63,7 +64,7 @@ def shorten(stream: Stream, route: Any, how: Sharing) -> Shorter | None:
     lengths = np.array([b - a for _, a, b, _, _ in pieces])
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
     take, back = np.zeros(width, dtype=np.int64), np.zeros(stream.shape[1], dtype=np.int64)
-    take[lengths.sum() :] = stream.shape[1] - 1 if stream.tokens < stream.shape[1] else 0  # padding shows padding, where there is any
+    take[lengths.sum() :] = stream.shape[1] - 1 if tokens < stream.shape[1] else 0  # padding shows padding, where there is any
     for (s, a, b, _, examples), t in zip(pieces, starts.tolist(), strict=True):
         take[t : t + b - a] = np.arange(start[s] + a, start[s] + b)
         for e in range(s, s + examples):
