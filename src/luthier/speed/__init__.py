@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from . import attending, compiled, feedforward, lora, norms
+from . import attending, compiled, feedforward, form, lora, norms
 from .rows import Miss
 
 log = logging.getLogger("luthier.speed")
@@ -41,5 +41,5 @@ def install(policy: Any, settings: Any, device: str | None = None) -> list[str]:
 def remove(policy: Any) -> None:
     """Back to the plain forms."""
     policy.kernel = None
-    for piece in (lora, feedforward, norms, attending):
-        piece.remove(policy)
+    lora.remove(policy)
+    form.remove(policy.lm)

@@ -22,6 +22,7 @@ from ..anatomy import is_linear
 from ..core import Segments
 from ..site import Frame, Site, current, using
 from .compiled import Kernels, fits
+from .form import Form
 from .rows import Rotate
 from .selftest import TOKENS, at_hand, differs
 
@@ -129,27 +130,18 @@ def _gathered(flat: list[Tensor], b: _Bucket, key_heads: int) -> list[Tensor]:
     return [x.view(n, -1, x.shape[-1]) for x in (q, k, v)]
 
 
-class Attending:
+class Attending(Form):
     """Stands in for the forward of a self-attention that is built as Llama's is."""
 
     def __init__(self, module: Any, how: attention.How, run: Kernels):
-        self.module, self.kind, self.how, self.run = module, type(module), how, run
+        super().__init__(module)
+        self.how, self.run = how, run
 
-    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        done = None if args else self.read(hidden_states, **kwargs)
-        return self.kind.forward(self.module, hidden_states, *args, **kwargs) if done is None else done
-
-    def read(self, x_BTD: Tensor, position_embeddings: Any = None, attention_mask: Any = None, past_key_values: Any = None, **kwargs: Any) -> Any:
-        """The output, or None where the module's own forward is asked for."""
-        m, frame = self.module, current()
-        if (
-            not torch.is_grad_enabled()
-            or frame is None
-            or frame.segments is None
-            or attention.RECORD in frame.plans
-            or past_key_values is not None
-            or position_embeddings is None
-        ):
+    def faster(
+        self, hidden_states: Tensor, *args: Any, position_embeddings: Any = None, attention_mask: Any = None, past_key_values: Any = None, **kwargs: Any
+    ) -> Any:
+        m, frame, x_BTD = self.module, current(), hidden_states
+        if args or frame is None or frame.segments is None or attention.RECORD in frame.plans or past_key_values is not None or position_embeddings is None:
             return None
         cosine, sine = position_embeddings
         shape = (*x_BTD.shape[:-1], -1, m.head_dim)
@@ -204,16 +196,9 @@ def install(policy: Any, run: Kernels) -> int:
         if (kind := (type(module), how)) not in tested:
             tested[kind] = _equals(policy, form)
         if tested[kind]:
-            module.__dict__["forward"] = form
+            form.put()
             put += 1
     return put
-
-
-def remove(policy: Any) -> None:
-    """Give every attention its own forward back."""
-    for module in policy.lm.modules():
-        if isinstance(module.__dict__.get("forward"), Attending):
-            del module.__dict__["forward"]
 
 
 def _rotation(policy: Any, module: Any) -> tuple[Tensor, Tensor]:
@@ -257,7 +242,7 @@ def _equals(policy: Any, form: Attending) -> bool:
 
     def faster(x: Tensor) -> list[Tensor]:
         with using(Frame(None, _two())):
-            done = form.read(x, position_embeddings=where)
+            done = form.faster(x, position_embeddings=where)
         if done is None:
             raise RuntimeError("the faster form declines")
         return [done[0]]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..anatomy import features
 from ..site import Frame, Site, current, using
 from .compiled import Kernels
+from .form import Form
 from .linears import Frozen, Group, Term, factors, scales
 from .lora import PLAIN, term_of
 from .rows import swiglu, swiglu_back
@@ -53,23 +54,19 @@ class _Gated(torch.autograd.Function):
         return (None if dx is None else dx.view(x.shape), None, None, None, *inside, *given)
 
 
-class Gated:
+class Gated(Form):
     """Stands in for a feed-forward's forward. Where one of its linears cannot be fused now: its own."""
 
     def __init__(self, module: Any, run: Kernels | None):
-        self.module, self.kind, self.run = module, type(module), run
+        super().__init__(module)
+        self.run = run
         parts = [getattr(module, n) for n in PARTS]
         self.sites = [p if isinstance(p, Site) else None for p in parts]
         self.linears = tuple(Frozen(p.base if isinstance(p, Site) else p) for p in parts)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        y = self.fused(x)
-        return self.kind.forward(self.module, x) if y is None else y  # type: ignore[no-any-return]
-
-    def fused(self, x: Tensor) -> Tensor | None:
-        """The output, or None where the plain form is asked for."""
+    def faster(self, x: Tensor) -> Tensor | None:
         frame = current()
-        if not torch.is_grad_enabled() or frame is None or isinstance(frame.route, tuple) or "+" in (frame.route or ""):
+        if frame is None or isinstance(frame.route, tuple) or "+" in (frame.route or ""):
             return None
         terms = [None if s is None or frame.route is None else term_of(s, frame.route) for s in self.sites]
         if any(t is PLAIN for t in terms) or not all(f.usable(x.dtype) for f in self.linears):
@@ -100,16 +97,9 @@ def install(policy: Any, run: Kernels | None) -> int:
         if kind not in tested:
             tested[kind] = _equals(policy, form)
         if tested[kind]:
-            module.__dict__["forward"] = form
+            form.put()
             put += 1
     return put
-
-
-def remove(policy: Any) -> None:
-    """Give every feed-forward its own forward back."""
-    for module in policy.lm.modules():
-        if isinstance(module.__dict__.get("forward"), Gated):
-            del module.__dict__["forward"]
 
 
 def _equals(policy: Any, form: Gated) -> bool:
@@ -122,7 +112,7 @@ def _equals(policy: Any, form: Gated) -> bool:
 
     def fused(x: Tensor) -> list[Tensor]:
         with using(Frame(policy.name)):
-            y = form.fused(x)
+            y = form.faster(x)
         if y is None:
             raise RuntimeError("the fused form declines")
         return [y]

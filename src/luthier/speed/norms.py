@@ -5,24 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .compiled import Kernels, fits
+from .form import Form
 from .rows import Rms
 from .selftest import at_hand, differs
 
 
-class Normed:
+class Normed(Form):
     """Stands in for a norm's forward. A weight that trains, a stand-in for it, tensors that the kernel does not take: the norm's own."""
 
     def __init__(self, module: nn.Module, plus_one: bool, run: Kernels):
-        self.module, self.kind, self.plus_one, self.run = module, type(module), plus_one, run
+        super().__init__(module)
+        self.plus_one, self.run = plus_one, run
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def faster(self, x: Tensor) -> Tensor | None:
         weight: Any = self.module._parameters["weight"]
-        if not torch.is_grad_enabled() or type(self.module) is not self.kind or weight.requires_grad or not fits(x, weight):
-            return self.kind.forward(self.module, x)  # type: ignore[no-any-return]
+        if type(self.module) is not self.kind or weight.requires_grad or not fits(x, weight):
+            return None
         return Rms.apply(x, weight, epsilon(self.module), self.plus_one, self.run)  # type: ignore[no-any-return]
 
 
@@ -47,16 +48,9 @@ def install(policy: Any, run: Kernels) -> int:
         if type(module) not in tested:
             tested[type(module)] = next((one for one in (False, True) if _equals(module, weight, Normed(module, one, run))), None)
         if (plus_one := tested[type(module)]) is not None:
-            module.__dict__["forward"] = Normed(module, plus_one, run)
+            Normed(module, plus_one, run).put()
             put += 1
     return put
-
-
-def remove(policy: Any) -> None:
-    """Give every norm its own forward back."""
-    for module in policy.lm.modules():
-        if isinstance(module.__dict__.get("forward"), Normed):
-            del module.__dict__["forward"]
 
 
 def _equals(module: nn.Module, weight: Tensor, form: Normed) -> bool:
