@@ -161,6 +161,7 @@ LAW: dict[str, set[str]] = {
         "run",
         "saved",
         "site",
+        "speed",
     },
     "pace": {"saved", "speed"},
     "gpus": {"names"},

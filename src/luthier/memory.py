@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import build, counts, prepacked, saved
+from . import build, counts, prepacked, saved, speed
 from .anatomy import numbers
 from .context import Group, sharing
 from .core import Batch
@@ -89,14 +89,22 @@ class Plan:
             for _, module in packed(base.model):
                 module.keep(self.run.precision.dtype)
         self.policy, self.objective = build.assemble(replace(self.run, recompute="none"), base)
+        self.meant = self.run.place.device.type  # the kind of device that its faster forms are for
         self.optimizer = Optimizer(self.policy.trained(), lr=1e-3) if self.policy.trained() else None
         self.trained, self.whole = counts.total(self.policy)
         self.stacks = saved.stacks(self.policy.lm, base.anatomy.stacks.values())
         self.blocks = len(blocks_of(self.policy.lm, base.anatomy.stacks.values()))
 
+    def means(self, device: str) -> None:
+        """Give the modules the faster forms of this kind of device: what serves on one is not what serves on another."""
+        if device != self.meant:
+            speed.install(self.policy, self.run.speed, device)
+            self.meant = device
+
     def predict(self, run: Run, device: str, *, program: int | None = None) -> Prediction:
         """For this run, which shares the modules, on this kind of device. ``program``: bytes that the process took before it loaded a model; default: now."""
         base, lm = self.policy.base, self.policy.lm
+        self.means(device)
         shape = shape_of(run, base)
         with recomputing(lm, base.anatomy.stacks.values(), run.recompute):
             kept, self.stacks = self.stacks, saved.stacks(lm, base.anatomy.stacks.values()) if isinstance(run.recompute, int) else self.stacks

@@ -1,12 +1,13 @@
-"""Attention over packed examples by hand, on the CPU: a few products, and row kernels between them.
+"""Attention over packed examples by hand, on the CPU: in one pass (attention.cpp), where the processor has products of bfloat16, else by a few products of
+torch's, and row kernels between them.
 
 Examples are cut into pieces of up to QUERIES queries, each with the keys that it sees: those of a prefix, those of what its example goes on from, those of its
 example before it, its own. Every vector is gathered once, straight into the layout of the products; nothing that is later is computed or read, except within
 a piece; the softmax writes where the scores were; on the way back what a key got from several pieces is added up in fp32 and rounded once. Query heads that
-share a key head stand above one another in one product, so keys are never repeated. q, k and v are kept, and the probabilities of narrow pieces; those of wide
-ones are computed again, so that memory does not grow with the square of the length.
+share a key head stand above one another in one product, so keys are never repeated. q, k and v are kept, and, by products, the probabilities of narrow pieces;
+those of wide ones are computed again, so that memory does not grow with the square of the length.
 
-torch's own kernel for 16 bits on the CPU takes two to eight times as long (docs/log.md). It serves bfloat16 and float32, causal or both ways, with or without a
+torch's own kernel for 16 bits on the CPU takes two to five times as long (docs/log.md). It serves bfloat16 and float32, causal or both ways, with or without a
 window, without soft cap; what it does not serve goes through attention.attend.
 """
 
@@ -31,7 +32,8 @@ from .selftest import TOKENS, differs
 log = logging.getLogger("luthier.speed")
 
 QUERIES = 256  # of one piece
-MOST = {torch.float32: 1024, torch.bfloat16: 4096}  # tokens of an example: of longer ones torch's own kernel is as fast, and needs less
+# Tokens of an example: of longer ones torch's own kernel is as fast as products are, or needs less memory than one pass.
+MOST, MOST_WHOLE = {torch.float32: 1024, torch.bfloat16: 4096}, 16384
 KEPT = 256  # keys: the probabilities of wider pieces are computed again in the backward
 STEP = 32  # numbers of queries and keys are rounded up to powers of two, or multiples, of it, so that products have few shapes
 
@@ -73,6 +75,7 @@ class _Piece:
     query: Tensor
     key: Tensor
     own: int
+    example: int
 
 
 def layout(segments: Segments, shape: tuple[int, int], heads: int, key_heads: int, prefix: int, causal: bool) -> Layout:
@@ -104,13 +107,40 @@ def _cut(segments: Segments, total: int, width: int, prefix: int, causal: bool) 
     firsts, befores = segments.first(width).tolist(), segments.before().tolist()
     parents = [-1] * len(firsts) if segments.parent is None else segments.parent.tolist()
     shared, out = torch.arange(total, total + prefix), []
-    for first, length, before, parent in zip(firsts, segments.length.tolist(), befores, parents, strict=True):
+    for s, (first, length, before, parent) in enumerate(zip(firsts, segments.length.tolist(), befores, parents, strict=True)):
         earlier = torch.cat([shared, torch.arange(firsts[parent], firsts[parent] + before)]) if before else shared
         for at in range(0, length, QUERIES):
             end = min(length, at + QUERIES)
             key = torch.cat([earlier, torch.arange(first, first + (end if causal else length))])
-            out.append(_Piece(torch.arange(first + at, first + end), key, len(earlier) + at))
+            out.append(_Piece(torch.arange(first + at, first + end), key, len(earlier) + at, s))
     return out
+
+
+@dataclass(frozen=True)
+class Table:
+    """The pieces of a stream for attention.cpp, unpadded."""
+
+    pieces: Places  # (count, 5): position of the first query, queries, where the places of the keys begin, keys, the key that the first query is itself
+    count: int
+    families: Places  # pieces that share keys stand together: where each family begins, and the end
+    together: int  # families
+    places: Places
+
+
+def table(segments: Segments, shape: tuple[int, int], prefix: int, causal: bool) -> Table:
+    """The same pieces as `layout`'s."""
+    total, at = shape[0] * shape[1], 0
+    rows, places, bounds, heads = [], [], [0], []
+    parents = range(len(segments)) if segments.parent is None else [s if p < 0 else p for s, p in enumerate(segments.parent.tolist())]
+    root = list(parents)
+    for piece in sorted(_cut(segments, total, shape[1], prefix, causal), key=lambda p: 0 if prefix else root[p.example]):
+        rows.append([int(piece.query[0]), len(piece.query), at, len(piece.key), piece.own])
+        places.append(piece.key)
+        at += len(piece.key)
+        heads.append(0 if prefix else root[piece.example])
+        if len(heads) > 1 and heads[-1] != heads[-2]:
+            bounds.append(len(heads) - 1)
+    return Table(Places(torch.tensor(rows)), len(rows), Places(torch.tensor([*bounds, len(rows)])), len(bounds), Places(torch.cat(places)))
 
 
 def _size(n: int) -> int:
@@ -181,6 +211,46 @@ class Packed(torch.autograd.Function):
         return _spread(dq, where.query, q, run), _spread(dk, where.key, k, run), _spread(dv, where.key, v, run), None, None, None
 
 
+class Whole(torch.autograd.Function):
+    """The same in one pass, in bfloat16: only q, k and v are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, where: Table, how: _How, run: Kernels) -> Tensor:
+        out = torch.zeros_like(q)  # positions of no example
+        run("attention", q.dtype, q, k, v, out, where.pieces, where.count, where.places, *_shape(q, k, how))
+        ctx.save_for_backward(q, k, v)
+        ctx.how = where, how, run
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        q, k, v = ctx.saved_tensors
+        where, how, run = ctx.how
+        dq = torch.zeros_like(q)
+        dk, dv = (torch.zeros_like(k, dtype=torch.float32) for _ in range(2))
+        run(
+            "attention_back",
+            q.dtype,
+            q,
+            k,
+            v,
+            grads[0].contiguous(),
+            dq,
+            dk,
+            dv,
+            where.pieces,
+            where.families,
+            where.together,
+            where.places,
+            *_shape(q, k, how),
+        )
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
+
+
+def _shape(q: Tensor, k: Tensor, how: _How) -> tuple[int, int, int, int, int, float]:
+    return q.shape[1], k.shape[1], q.shape[2], int(how.causal), how.window, how.scale
+
+
 def _gather(x: Tensor, places: Places, count: int, n: int, run: Kernels) -> Tensor:
     """(N, H, d) -> (count, H, n, d)"""
     out = x.new_empty(count, x.shape[1], n, x.shape[2])
@@ -226,8 +296,9 @@ def _spread(x: Tensor, back: Back, like: Tensor, run: Kernels) -> Tensor:
 class ByHand:
     """What attention.attend and the forms of attention modules ask."""
 
-    def __init__(self, run: Kernels):
-        self.run = run
+    def __init__(self, run: Kernels, whole: bool = False):
+        """``whole``: in one pass where that serves."""
+        self.run, self.whole = run, whole
 
     def __call__(self, frame: Frame, module: Any, q: Tensor, k: Tensor, v: Tensor, how: How) -> Tensor | None:
         """q (B, T, H, d) against k and v (B, T, H_kv, d) -> (B, T, H, d), or None where it does not serve."""
@@ -237,7 +308,8 @@ class ByHand:
         if isinstance(frame.route, tuple) and frame.prefixes:  # each example its own
             return None
         longest = int((segments.length + segments.before()).max())
-        if q.dtype not in MOST or longest > MOST[q.dtype]:
+        whole = self.whole and q.dtype == torch.bfloat16 and d % 32 == 0 and not how.dropout
+        if q.dtype not in MOST or longest > (MOST_WHOLE if whole else MOST[q.dtype]):
             return None
         window = how.window if how.window is not None and how.window < longest else 0
         prefix = prefix_of(frame, frame.route, module)
@@ -249,35 +321,34 @@ class ByHand:
         if prefix is not None:
             flat[1:] = [torch.cat([x, p.to(x.dtype)]) for x, p in zip(flat[1:], prefix, strict=True)]
         P = 0 if prefix is None else len(prefix[0])
-        key = (Layout, B, T, H, k.shape[2], P, how.causal)
-        if key not in frame.plans:
-            frame.plans[key] = layout(segments, (B, T), H, k.shape[2], P, how.causal)
         asked = _How(how.causal, window, d**-0.5 if how.scaling is None else how.scaling, how.dropout)
-        return Packed.apply(*flat, frame.plans[key], asked, self.run).view(q.shape)  # type: ignore[no-any-return]
+        key = (whole, B, T, H, k.shape[2], P, how.causal)
+        if key not in frame.plans:
+            frame.plans[key] = table(segments, (B, T), P, how.causal) if whole else layout(segments, (B, T), H, k.shape[2], P, how.causal)
+        return (Whole if whole else Packed).apply(*flat, frame.plans[key], asked, self.run).view(q.shape)  # type: ignore[no-any-return]
 
 
 def install(policy: Any, run: Kernels) -> ByHand | None:
-    """Attention by hand for a policy, where it is found equal to attention.attend in the dtype of its model."""
-    if policy.lm.config._attn_implementation != attention.NAME:
-        return None
+    """Attention by hand for a policy, in one pass where it can be, where it is found equal to attention.attend in the dtype of its model."""
     dtype = policy.lm.dtype
-    if dtype not in NAMES or policy.device.type == "meta":
-        return ByHand(run) if dtype in NAMES else None
-    if not equals(dtype):
-        log.warning("speed.kernels: attention by hand was found to differ from torch's in %s, and is not used", NAMES[dtype])
+    if policy.lm.config._attn_implementation != attention.NAME or dtype not in NAMES:
         return None
-    return ByHand(run)
+    for whole in (True, False) if run.whole and dtype == torch.bfloat16 else (False,):
+        if policy.device.type == "meta" or equals(dtype, whole):
+            return ByHand(run, whole)
+        log.warning("speed.kernels: attention by hand%s was found to differ from torch's in %s, and is not used", " in one pass" if whole else "", NAMES[dtype])
+    return None
 
 
 @functools.cache
-def equals(dtype: torch.dtype) -> bool:
+def equals(dtype: torch.dtype, whole: bool) -> bool:
     """Whether outputs and gradients are attention.attend's, causal and both ways, with a prefix, a window, and an example that goes on from another."""
     run = compiled.kernels()
     assert run is not None
-    heads, key_heads, d, first = 4, 2, 8, 11
+    heads, key_heads, d, first = 4, 2, 32, 11
     g = torch.Generator().manual_seed(1)
     prefix = tuple(torch.randn(3, key_heads, d, generator=g).to(dtype) for _ in range(2))
-    mixing = [torch.randn(TOKENS, d, h * d, generator=g).mul(0.5).to(dtype) for h in (heads, key_heads, key_heads)]
+    mixing = [torch.randn(TOKENS, d, h * d, generator=g).mul(d**-0.5).to(dtype) for h in (heads, key_heads, key_heads)]
     two = Segments(torch.tensor([0, 0]), torch.tensor([0, first]), torch.tensor([first, TOKENS - first]))
     for causal, window, before, parent in ((True, None, None, None), (False, None, None, None), (True, 4, None, True), (True, None, prefix, True)):
         module = nn.Module()
@@ -290,6 +361,6 @@ def equals(dtype: torch.dtype) -> bool:
             with using(Frame("a", segments, prefixes=prefixes, by_hand=by_hand)):
                 return [attention.attend(module, q, k, v, None, sliding_window=window)[0]]
 
-        if differs(lambda x, f=form: f(x, None), lambda x, f=form: f(x, ByHand(run)), [], d, dtype, torch.device("cpu")):  # type: ignore[misc]
+        if differs(lambda x, f=form: f(x, None), lambda x, f=form: f(x, ByHand(run, whole)), [], d, dtype, torch.device("cpu")):  # type: ignore[misc]
             return False
     return True

@@ -1,4 +1,5 @@
-"""The row kernels of rows.cpp: compiled once on a machine, kept in the cache folder, loaded in a moment, and tried against plain torch before they are used.
+"""The kernels of rows.cpp and attention.cpp: compiled once on a machine, kept in the cache folder, loaded in a moment, and tried against plain torch before
+they are used.
 
 Compiling takes about a second of one core with any C++ compiler that knows OpenMP, and needs nothing of torch: torch.compile makes as good code, but takes
 seconds to load in every process and half a minute to compile, for each shape again. Where there is no compiler, or what it makes is wrong or cannot be loaded,
@@ -26,7 +27,7 @@ from ..shards import is_sharded
 
 log = logging.getLogger("luthier.speed")
 
-SOURCE = Path(__file__).with_name("rows.cpp")
+FOLDER = Path(__file__).parent
 # No fast-math: what is no number must stay none. Loops that sum are marked in the source.
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -43,6 +44,11 @@ KERNELS = {
     "attend_back": (_P, _P, _P, _N, _N, _N, _N, _I, _N, _F, _I),
     "collect": (_P, _P, _P, _N, _N, _N, _N, _I),
     "spread": (_P, _P, _P, _P, _P, _N, _N, _N, _I),
+}
+# Of bfloat16, and only where the processor has products of it.
+WHOLE = {
+    "attention": (_P, _P, _P, _P, _P, _N, _P, _N, _N, _N, _I, _N, _F, _I),
+    "attention_back": (_P, _P, _P, _P, _P, _P, _P, _P, _P, _N, _P, _N, _N, _N, _I, _N, _F, _I),
 }
 
 
@@ -74,9 +80,14 @@ class Kernels:
         self.functions: dict[tuple[str, torch.dtype], Callable[..., None]] = {}
         for dtype, suffix in NAMES.items():
             for name, types in KERNELS.items():
-                function = getattr(library, f"{name}_{suffix}")
-                function.argtypes, function.restype = types, None
-                self.functions[name, dtype] = function
+                self._add(getattr(library, f"{name}_{suffix}"), name, dtype, types)
+        self.whole = bool(library.attention_is_here())  # attention in one pass
+        for name, types in WHOLE.items() if self.whole else ():
+            self._add(getattr(library, name), name, torch.bfloat16, types)
+
+    def _add(self, function: Any, name: str, dtype: torch.dtype, types: tuple[Any, ...]) -> None:
+        function.argtypes, function.restype = types, None
+        self.functions[name, dtype] = function
 
     def __reduce__(self) -> Any:
         """A copy of a model has the kernels of this process."""
@@ -125,7 +136,8 @@ def _library() -> Path | None:
     if (compiler := _compiler()) is None:
         log.info("row kernels are not used: there is no C++ compiler (g++, c++ or clang++, or what CXX names)")
         return None
-    key = hashlib.sha256("\n".join([SOURCE.read_text(), compiler, *FLAGS, _cpu()]).encode()).hexdigest()[:16]
+    sources = sorted(FOLDER.glob("*.[ch]pp"))
+    key = hashlib.sha256("\n".join([*(s.read_text() for s in sources), compiler, *FLAGS, _cpu()]).encode()).hexdigest()[:16]
     root = Path(os.environ.get("LUTHIER_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "luthier") / "kernels"
     library = root / f"rows-{key}.so"
     if library.is_file():
@@ -134,7 +146,9 @@ def _library() -> Path | None:
     handle, temporary = tempfile.mkstemp(suffix=".so", dir=root)
     os.close(handle)
     try:
-        done = subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", temporary], capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [compiler, *FLAGS, *(str(s) for s in sources if s.suffix == ".cpp"), "-o", temporary], capture_output=True, text=True, timeout=120
+        )
         if done.returncode:
             log.info("row kernels are not used: %s cannot compile them: %s", compiler, (done.stderr.strip().splitlines() or ["no reason given"])[0])
             return None
