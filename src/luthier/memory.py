@@ -34,10 +34,10 @@ from .saved import Peak
 
 CUDA_CONTEXT = 700_000_000  # bytes a process takes on a GPU before its first tensor: the context, cuBLAS and its workspaces
 CUDA_ALLOCATOR = 0.04  # of working memory: what torch's allocator on a GPU rounds up and cannot use again
-# Before glibc 2.38, aligned blocks that are freed hardly ever fit again, so what is not large takes about as much again. What blocks take that are computed a
-# second time in the backward does not fit the room of the block before either: about half of what they would have kept. Fitted to the runs of
-# benchmarks/planner.py (glibc 2.36); docs/results.md has what is left.
-GLIBC_ALLOCATOR, GLIBC_RECOMPUTED = 0.98, 0.45
+# Before glibc 2.38, aligned blocks that are freed hardly ever fit again: most of what a forward lets go stays as holes between what it keeps, up to nearly as
+# much again. What blocks take that are computed a second time in the backward does not fit the room of the block before either: about half of what they
+# would have kept. Fitted to the runs of benchmarks/planner.py (glibc 2.36); docs/results.md has what is left.
+GLIBC_FREED, GLIBC_MOST, GLIBC_RECOMPUTED = 0.62, 0.8, 0.45
 MORE_LIBRARIES = 20_000_000  # what a run takes on a CPU beyond a process that has loaded the libraries: reading data, generated code
 THRESHOLD = "MALLOC_MMAP_THRESHOLD_"  # glibc's: from how many bytes on a block is given back when it is freed
 
@@ -205,7 +205,7 @@ def _allocator(device: str, peak: Peak, *, kept: int) -> int:
         return round(CUDA_ALLOCATOR * peak.bytes)
     library, version = platform.libc_ver()
     old = library == "glibc" and tuple(map(int, version.split(".")[:2])) < (2, 38)
-    return round(max(GLIBC_ALLOCATOR * peak.small, GLIBC_RECOMPUTED * kept)) if old and THRESHOLD not in os.environ else 0
+    return round(max(min(GLIBC_FREED * peak.freed, GLIBC_MOST * peak.small), GLIBC_RECOMPUTED * kept)) if old and THRESHOLD not in os.environ else 0
 
 
 def _name(dtype: torch.dtype) -> str:
