@@ -164,7 +164,7 @@ def power(x: Sequence[float], y: Sequence[float]) -> float | None:
 
 def explained(x: Sequence[float], y: Sequence[float], most: float) -> bool:
     """Whether growth with a power of at most ``most`` is nowhere further from what was found than noise is."""
-    if power(x, y) is None:
+    if (got := power(x, y)) is None or got <= most:
         return True
     if not most:
         return False
@@ -242,7 +242,7 @@ def section(document: dict[str, Any]) -> str:
     )
     said = (
         f"`python -m benchmarks.growth`: {shape}, one thing changed at a time; {m['cpu']}, {BASE.threads} threads, torch {m['packages']['torch']}, "
-        f"{document['date']}. Fitted: a + b x^p, the power p of what grows beyond what is always there; flat: less than {FLAT:g} times as much from end to end. "
+        f"{document['date']}. Fitted: a + b x^p, the power p of what grows beyond what is always there; flat: less than {FLAT:g} times as much at the end. "
         f"A surprise is what no allowed power explains within {NOISE:.0%} at every point."
     )
     return "\n\n".join([said, tabled(rows(document)), *surprises(document), *document["notes"], "![Cost of growth](images/growth.png)"])
