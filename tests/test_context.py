@@ -178,4 +178,4 @@ def test_the_memory_of_a_rank_falls_with_the_ranks_that_share_a_sequence():
     for shared in (1, 2, 4):
         place = {"kind": "fsdp", "on": "cpu", "context": shared}
         working[shared] = planner.predict(dataclasses.replace(run, place=Run(place=place).place), "cpu").moments["training"].bytes
-    assert working[2] < 0.65 * working[1] and working[4] < 0.6 * working[2], working
+    assert working[2] < 0.7 * working[1] and working[4] < 0.6 * working[2], working
