@@ -31,6 +31,7 @@ LAW: dict[str, set[str]] = {
     "nn": set(),
     "families": set(),
     "shards": set(),
+    "heap": set(),
     "packed": {"shards"},
     "bnb": {"nn"},
     "anatomy": {"core", "families", "packed", "shards", "site"},
@@ -58,7 +59,7 @@ LAW: dict[str, set[str]] = {
     "graph": {"decoding"},
     "sampling": set(),
     "generation": {"core", "decoding", "sampling"},
-    "sharding": BASICS | {"amounts", "device", "shards"},
+    "sharding": BASICS | {"amounts", "device", "heap", "shards"},
     "policy": BASICS | {"device", "sharding", "sharing", "site", "standin", "attention", "prompts", "decoding", "generation", "graph", "prepacked"},
     "vllm_engine": {"adapter", "core", "hub", "opening", "plugins", "policy", "run", "sampling"},
     "probe": BASICS | {"site", "attention"},
@@ -112,7 +113,7 @@ LAW: dict[str, set[str]] = {
     "merging": {"anatomy", "core", "packed", "plugins", "policy", "site", "adapter"},
     "combining": {"core", "adapter", "atomic", "layout", "lowrank"},
     "codes": {"anatomy", "atomic", "core", "packed", "plugins"},
-    "quantised": BASICS | {"codes"},
+    "quantised": BASICS | {"codes", "heap"},
     "build": BASICS
     | {
         "adapter",
