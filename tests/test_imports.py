@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import luthier
@@ -274,6 +275,7 @@ def loaded(tree: ast.AST) -> Iterator[ast.AST]:
         yield from loaded(node)
 
 
+@cache
 def parsed() -> list[tuple[Path, ast.Module]]:
     found = [(f, ast.parse(f.read_text(encoding="utf-8"))) for f in files()]
     assert len(found) >= 60, f"only {len(found)} files were parsed"
