@@ -30,6 +30,7 @@ BEGIN, END = "<!-- begin: benchmarks.growth -->", "<!-- end: benchmarks.growth -
 BASE = Workload("growth", targets=ALL, hidden=256, layers=6, heads=4, ff=768, vocabulary=8000, examples=8, steps=6)
 DOCUMENT = 128  # tokens
 FLAT = 1.15  # less than so many times as much, from the first point to the last, is no growth
+NOISE = 0.12  # relative: what grows with an allowed power and is nowhere further from it is no surprise
 POINT_S = 7.0
 
 
@@ -139,11 +140,11 @@ def _at(axis: str, value: int, quick: bool) -> tuple[Workload, int, int, int]:
 # --- what it comes to ------------------------------------------------------------------------------------------------
 
 
-def fitted(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float]:
-    """(a, b, p) of y = a + b x^p, a and b not negative, p from 0.1 to 3: least squares of relative errors."""
+def fitted(x: Sequence[float], y: Sequence[float], most: float = 3.0) -> tuple[float, float, float]:
+    """(a, b, p) of y = a + b x^p, a and b not negative, p from 0.1 to ``most``: least squares of relative errors."""
     u, v = np.asarray(x, dtype=float) / x[0], np.asarray(y, dtype=float)
     best = (float("inf"), 0.0, 0.0, 0.0)
-    for p in np.arange(0.1, 3.01, 0.02):
+    for p in np.arange(0.1, most + 0.01, 0.02):
         columns = np.stack([np.ones_like(u), u**p], 1) / v[:, None]
         for use in ([0, 1], [1]):
             found, *_ = np.linalg.lstsq(columns[:, use], np.ones_like(v), rcond=None)
@@ -159,6 +160,16 @@ def fitted(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float]
 def power(x: Sequence[float], y: Sequence[float]) -> float | None:
     """The power with which y grows with x beyond what is always there; None where it does not."""
     return None if y[-1] < FLAT * y[0] else fitted(x, y)[2]
+
+
+def explained(x: Sequence[float], y: Sequence[float], most: float) -> bool:
+    """Whether growth with a power of at most ``most`` is nowhere further from what was found than noise is."""
+    if (got := power(x, y)) is None or got <= most:
+        return True
+    if not most:
+        return False
+    a, b, p = fitted(x, y, most)
+    return all(abs((a + b * (u / x[0]) ** p) / v - 1) <= NOISE for u, v in zip(x, y, strict=True))
 
 
 def rows(document: dict[str, Any]) -> list[list[str]]:
@@ -179,8 +190,9 @@ def surprises(document: dict[str, Any]) -> list[str]:
     for name, points in document["points"].items():
         axis, x = axes[name], [p["x"] for p in points]
         for what, key, most in (("the time of a step", "step_s", axis.time), ("memory", "mib", axis.memory)):
-            got = power(x, [p[key] for p in points])
-            if got is not None and got > most:
+            y = [p[key] for p in points]
+            if not explained(x, y, most):
+                got = power(x, y)
                 limit = f"a power of {most:g} was expected at most" if most else "no growth was expected"
                 out.append(f"Surprise: {what} grows with {name} to the power of {got:.2f}, where {limit}" + (f" ({axis.why})." if axis.why else "."))
     if (calls := document["points"].get("layers, 16 tokens a step")) and len(calls) > 2:
@@ -210,7 +222,11 @@ def draw(document: dict[str, Any], path: Path) -> None:
             grows = power(x, y)
             plot.plot(fine, a + b * (fine / x[0]) ** p, color="#c55a11", linewidth=1, label="flat" if grows is None else f"power {grows:.2f}")
             plot.legend(fontsize=7, frameon=False)
-            plot.tick_params(labelsize=7, which="both")
+            plot.minorticks_off()
+            plot.set_xticks(x, [f"{v:,}" for v in x], rotation=60)
+            ends = [min(y), max(y)] if max(y) >= FLAT * min(y) else [y[-1]]
+            plot.set_yticks(ends, [f"{v:.3g}" if v < 100 else f"{v:,.0f}" for v in ends])
+            plot.tick_params(labelsize=7)
             plot.set_ylabel(label if column == 0 else "", fontsize=8)
         grid[0][column].set_title(name, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -226,7 +242,8 @@ def section(document: dict[str, Any]) -> str:
     )
     said = (
         f"`python -m benchmarks.growth`: {shape}, one thing changed at a time; {m['cpu']}, {BASE.threads} threads, torch {m['packages']['torch']}, "
-        f"{document['date']}. Fitted: a + b x^p, the power p of what grows beyond what is always there; flat: less than {FLAT:g} times as much from end to end."
+        f"{document['date']}. Fitted: a + b x^p, the power p of what grows beyond what is always there; flat: less than {FLAT:g} times as much at the end. "
+        f"A surprise is what no allowed power explains within {NOISE:.0%} at every point."
     )
     return "\n\n".join([said, tabled(rows(document)), *surprises(document), *document["notes"], "![Cost of growth](images/growth.png)"])
 

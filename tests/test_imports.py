@@ -163,6 +163,7 @@ LAW: dict[str, set[str]] = {
         "run",
         "saved",
         "site",
+        "speed",
     },
     "pace": {"saved", "speed"},
     "gpus": {"names"},

@@ -155,7 +155,7 @@ def test_recomputation_and_smaller_micro_batches_take_less_and_cuda_counts_its_o
     work = lambda r, device="cpu": predict(r, device).moments["training"].bytes  # noqa: E731
     whole = work(run)
     assert whole / 2.1 < work(replace(run, optim=replace(run.optim, micro_tokens=2048))) < whole / 1.7  # the chunk of logits stays as large as it was
-    assert work(replace(run, recompute="blocks")) < whole / 4
+    assert work(replace(run, recompute="blocks")) < whole / 3
     prefix = Run(model={"id": folder}, method="prefix", objective="text", precision="bfloat16", data={"max_tokens": 512}, optim={"micro_tokens": 4096})
     assert work(prefix, "cuda") > 2 * work(prefix)  # grouped heads under a mask: CUDA has no kernel for it, and every score is kept
     bits = Run(model={"id": folder}, method="full", objective="text", precision="bfloat16", optim={"state": "8bit"})
@@ -163,15 +163,15 @@ def test_recomputation_and_smaller_micro_batches_take_less_and_cuda_counts_its_o
     assert moments[1] == pytest.approx(moments[0] * (2 + 8 / 256) / 8, rel=0.01)  # the CPU keeps float32
 
 
-def test_short_examples_in_16_bits_on_a_cpu_keep_their_scores(tmp_path):
+def test_on_a_cpu_narrow_pieces_of_examples_keep_their_probabilities_and_wide_ones_do_not(tmp_path):
     folder = shape(tmp_path / "m", hidden_size=256, num_hidden_layers=4, num_attention_heads=16, num_key_value_heads=16, intermediate_size=512, vocab_size=999)
     kept = {}
     for n in (256, 320):
         run = Run(model={"id": folder}, objective="text", precision="bfloat16", data={"max_tokens": n}, optim={"micro_tokens": 5 * 256 * 4})
         p = predict(run, "cpu")
         kept[n] = p.moments["training"].kept / sum(p.shape.lengths)
-    scores = 4 * 16 * 256 * 2  # blocks, heads, positions seen, bytes
-    assert kept[256] - kept[320] == pytest.approx(scores, rel=0.35)
+    scores = 4 * 16 * 256 * 2  # blocks, heads, positions seen, bytes; heads of 16 are attended by products, which keep up to 256 keys (speed/byhand.py)
+    assert kept[256] - kept[320] == pytest.approx(scores * (1 - 256 / 320), rel=0.01)
 
 
 def test_a_70b_shape_is_predicted_in_three_seconds_from_its_configuration(tmp_path):

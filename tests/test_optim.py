@@ -297,3 +297,46 @@ def test_what_got_no_gradient_is_neither_decayed_nor_carried_on_by_its_momentum(
     assert torch.equal(ours["a:w"], moved) and not torch.equal(moved, first)
     assert all(torch.equal(v, moments[k]) for k, v in optimizer.state_dict()[0].items() if k in moments)
     torch.testing.assert_close(ours["b:w"], theirs["b:w"], atol=1e-6, rtol=1e-6)
+
+
+def test_a_gradient_in_16_bits_takes_the_place_of_the_last_steps_and_one_that_does_not_come_is_zero():
+    """No buffer is cleared for it: what stands there from the last step must count nowhere."""
+    torch.manual_seed(0)
+    params = {n: torch.nn.Parameter(torch.randn(3, 4).to(dtype)) for n, dtype in (("a", torch.bfloat16), ("b", torch.bfloat16), ("c", torch.float32))}
+    optimizer = Optimizer(params, lr=0.1)
+    grads = {n: torch.randn(3, 4).to(p.dtype) for n, p in params.items()}
+    for names in (("a", "b", "c"), ("a", "c"), ("b",), ()):
+        for _ in range(2):  # micro-batches
+            for n in names:
+                (params[n] * grads[n]).sum().backward()
+        wanted = torch.stack([(2 * grads[n].float()).norm() for n in names]).norm() if names else torch.tensor(0.0)
+        torch.testing.assert_close(optimizer.grad_norm(), wanted)
+        assert float(sum(g.abs().sum() for g in optimizer.grads)) == pytest.approx(sum(float((2 * grads[n].float()).abs().sum()) for n in names), rel=1e-6)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_a_gradient_that_is_longer_than_a_part_is_added_whole(monkeypatch):
+    monkeypatch.setattr("luthier.optim.PART", 5)
+    p = torch.nn.Parameter(torch.zeros(3, 4, dtype=torch.bfloat16))
+    optimizer, up = Optimizer({"p": p}, lr=0.1), torch.randn(3, 4).to(torch.bfloat16)
+    for _ in range(3):
+        (p * up).sum().backward()
+    torch.testing.assert_close(optimizer.grads[0][:12].view(3, 4), 3 * up.float())
+
+
+@pytest.mark.parametrize("state", ["float32", "8bit"])
+def test_scaled_gradients_move_as_gradients_that_were_smaller_to_begin_with(state):
+    moved = []
+    for by in (1.0, 0.25):
+        torch.manual_seed(0)
+        p = torch.nn.Parameter(torch.randn(80, 80))
+        optimizer, up = Optimizer({"p": p}, lr=0.1, state=state), torch.randn(80, 80)
+        for step in range(3):
+            (p * up * (0.25 / by if step == 1 else 1.0)).sum().backward()
+            if step == 1:
+                optimizer.scale_grads(by)
+            optimizer.step()
+            optimizer.zero_grad()
+        moved.append(p.detach().clone())
+    torch.testing.assert_close(*moved, rtol=1e-5, atol=1e-6)

@@ -94,7 +94,7 @@ def test_collectives_take_what_their_bytes_and_hops_take():
 
 def test_products_and_attention_are_counted_and_nothing_else():
     a, b = torch.empty(3, 4, device="meta"), torch.empty(4, 5, device="meta")
-    assert operations(torch.ops.aten.mm, (a, b)) == 2 * 3 * 4 * 5
+    assert operations(torch.ops.aten.mm, (a, b)) == operations(torch.ops.aten.addmm_, (a @ b, a, b)) == 2 * 3 * 4 * 5
     q, k = torch.empty(2, 4, 6, 8, device="meta"), torch.empty(2, 2, 10, 8, device="meta")
     flash = torch.ops.aten._scaled_dot_product_flash_attention
     assert operations(flash, (q, k, k, 0.0, False)) == 2 * 2 * (2 * 4 * 6 * 10 * 8)

@@ -58,6 +58,10 @@ def attend(
     how = How(dropout, scaling, sliding_window, softcap, causal=bool(getattr(module, "is_causal", True)))
     if ASKED in frame.plans:
         frame.plans[ASKED][module] = how, {name for name, value in kwargs.items() if value is not None}
+    if frame.by_hand is not None:
+        done = frame.by_hand(frame, module, query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), how)
+        if done is not None:
+            return done, None
     mixed = isinstance(frame.route, tuple) and bool(frame.prefixes)
     if isinstance(frame.segments, Portion):  # ranks share the stream
         return across.attend(frame, module, query, key, value, how, across.Ours(_rows, _capped, prefix_of, plan)), None

@@ -85,6 +85,7 @@ class Clock:
             raise LuthierError("nothing is trained, so there are no steps to time")
         if "rollouts" in run.objective.needs:
             raise LuthierError("the model learns from its own answers, whose lengths nobody knows ahead, so its time is not predicted")
+        plan.means(self.device.type)
         made = [[on_meta(b) for b in step] for step in steps] or [self._usual(plan, run)]
         every = [micro for step in made for micro in step]
         chosen = _typical(every)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import build, counts, prepacked, saved
+from . import build, counts, prepacked, saved, speed
 from .anatomy import numbers
 from .context import Group, sharing
 from .core import Batch
@@ -34,10 +34,10 @@ from .saved import Peak
 
 CUDA_CONTEXT = 700_000_000  # bytes a process takes on a GPU before its first tensor: the context, cuBLAS and its workspaces
 CUDA_ALLOCATOR = 0.04  # of working memory: what torch's allocator on a GPU rounds up and cannot use again
-# Before glibc 2.38, aligned blocks that are freed hardly ever fit again, so what is not large takes about as much again. What blocks take that are computed a
-# second time in the backward does not fit the room of the block before either: about half of what they would have kept. Fitted to the runs of
-# benchmarks/planner.py (glibc 2.36); docs/results.md has what is left.
-GLIBC_ALLOCATOR, GLIBC_RECOMPUTED = 0.98, 0.45
+# Before glibc 2.38, aligned blocks that are freed hardly ever fit again: most of what a forward lets go stays as holes between what it keeps, up to nearly as
+# much again. What blocks take that are computed a second time in the backward does not fit the room of the block before either: about half of what they
+# would have kept. Fitted to the runs of benchmarks/planner.py (glibc 2.36); docs/results.md has what is left.
+GLIBC_FREED, GLIBC_MOST, GLIBC_RECOMPUTED = 0.62, 0.8, 0.45
 MORE_LIBRARIES = 20_000_000  # what a run takes on a CPU beyond a process that has loaded the libraries: reading data, generated code
 THRESHOLD = "MALLOC_MMAP_THRESHOLD_"  # glibc's: from how many bytes on a block is given back when it is freed
 
@@ -89,14 +89,22 @@ class Plan:
             for _, module in packed(base.model):
                 module.keep(self.run.precision.dtype)
         self.policy, self.objective = build.assemble(replace(self.run, recompute="none"), base)
+        self.meant = self.run.place.device.type  # the kind of device that its faster forms are for
         self.optimizer = Optimizer(self.policy.trained(), lr=1e-3) if self.policy.trained() else None
         self.trained, self.whole = counts.total(self.policy)
         self.stacks = saved.stacks(self.policy.lm, base.anatomy.stacks.values())
         self.blocks = len(blocks_of(self.policy.lm, base.anatomy.stacks.values()))
 
+    def means(self, device: str) -> None:
+        """Give the modules the faster forms of this kind of device: what serves on one is not what serves on another."""
+        if device != self.meant:
+            speed.install(self.policy, self.run.speed, device)
+            self.meant = device
+
     def predict(self, run: Run, device: str, *, program: int | None = None) -> Prediction:
         """For this run, which shares the modules, on this kind of device. ``program``: bytes that the process took before it loaded a model; default: now."""
         base, lm = self.policy.base, self.policy.lm
+        self.means(device)
         shape = shape_of(run, base)
         with recomputing(lm, base.anatomy.stacks.values(), run.recompute):
             kept, self.stacks = self.stacks, saved.stacks(lm, base.anatomy.stacks.values()) if isinstance(run.recompute, int) else self.stacks
@@ -197,7 +205,7 @@ def _allocator(device: str, peak: Peak, *, kept: int) -> int:
         return round(CUDA_ALLOCATOR * peak.bytes)
     library, version = platform.libc_ver()
     old = library == "glibc" and tuple(map(int, version.split(".")[:2])) < (2, 38)
-    return round(max(GLIBC_ALLOCATOR * peak.small, GLIBC_RECOMPUTED * kept)) if old and THRESHOLD not in os.environ else 0
+    return round(max(min(GLIBC_FREED * peak.freed, GLIBC_MOST * peak.small), GLIBC_RECOMPUTED * kept)) if old and THRESHOLD not in os.environ else 0
 
 
 def _name(dtype: torch.dtype) -> str:

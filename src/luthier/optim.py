@@ -27,6 +27,7 @@ from .shards import cut, here, is_sharded, like, part_of, summed
 State = Literal["float32", "8bit", "paged-8bit"]
 FASTEST = 0.3  # of default learning rates
 ALIGNED = 64  # numbers: where a group's gradients begin in the one buffer, for kernels that read several at once
+PART = 1 << 19  # numbers that are added at a time
 SMALL = 4096  # a tensor of fewer numbers keeps its moments in float32, as in bitsandbytes
 
 
@@ -62,12 +63,18 @@ class _Group:
         return like(flat.view(here(p).shape), p)
 
 
-def _collect(p: Tensor, name: str, into: Tensor | None, seen: set[str], fresh: set[str]) -> None:
-    """Note a gradient; with ``into``, add it to its place among the masters'. No hook holds the optimizer: Python's collector does not see through a hook,
-    and would never free it."""
+def _collect(p: Tensor, name: str, into: Tensor | None, seen: set[str], fresh: set[str], void: set[str]) -> None:
+    """Note a gradient; with ``into``, add it to its place among the masters', or put it there where that is void. No hook holds the optimizer: Python's
+    collector does not see through a hook, and would never free it."""
     if into is not None:
         assert p.grad is not None
-        into += p.grad.flatten()
+        new = p.grad.flatten()
+        if name in void:
+            into.copy_(new)
+            void.discard(name)
+        else:  # in parts: torch makes a float32 copy of what it adds
+            for a, b in zip(into.split(PART), new.split(PART), strict=True):
+                a += b
         p.grad = None
     seen.add(name)
     fresh.add(name)
@@ -98,6 +105,8 @@ class Optimizer:
         self.lr = lr
         self.seen: set[str] = set()  # names that have ever received a gradient
         self.fresh: set[str] = set()  # those that have since the last step
+        self._divisor = 1.0  # of gradients, in the next step
+        self._void: set[str] = set()  # those whose gradient is 0, whatever stands in the buffer: the next is put there, and nothing has to be cleared
         sorted_out: dict[tuple[float, float, bool, bool], list[str]] = {}
         for name, p in params.items():
             rule = next((r for pattern, r in (patterns or {}).items() if re.search(pattern, name)), {})
@@ -110,14 +119,14 @@ class Optimizer:
         self.names = frozenset(params)
         sizes = {kind: -(-sum(here(params[n]).numel() for n in names) // ALIGNED) * ALIGNED for kind, names in sorted_out.items()}
         self.groups = []
-        self.grads: list[Tensor] = []  # of the groups that every rank has whole, end to end: what ranks average. FSDP2 averages the others
+        self._grads: list[Tensor] = []
         for sharded in (False, True):
             kinds = [kind for kind in sorted_out if kind[3] == sharded]
             if not kinds:
                 continue
             device = params[sorted_out[kinds[0]][0]].device
             flat = torch.zeros(sum(sizes[k] for k in kinds), dtype=torch.float32, device=device)
-            self.grads += [] if sharded else [flat]
+            self._grads += [] if sharded else [flat]
             for kind, grad in zip(kinds, flat.split([sizes[k] for k in kinds]), strict=True):
                 self.groups.append(self._group(sorted_out[kind], [params[n] for n in sorted_out[kind]], grad, *kind))
         device = self.groups[0].grad.device
@@ -139,7 +148,7 @@ class Optimizer:
                     p.data = master[s].view(p.shape)
                     p.grad = grad[s].view(p.shape)
             p.register_post_accumulate_grad_hook(
-                partial(_collect, name=name, into=None if p.dtype == torch.float32 else grad[s], seen=self.seen, fresh=self.fresh)
+                partial(_collect, name=name, into=None if p.dtype == torch.float32 else grad[s], seen=self.seen, fresh=self.fresh, void=self._void)
             )
         master.grad = None if sharded else grad
         pieces = [here(p).view(-1) for p in params] if sharded else [master[s] for s in slices] if coded else None
@@ -152,14 +161,33 @@ class Optimizer:
         for group in self.groups:
             group.settings["lr"] = lr * group.lr_factor
 
+    @property
+    def grads(self) -> list[Tensor]:
+        """Gradients of the groups that every rank has whole, end to end: what ranks average. FSDP2 averages the others."""
+        self._clear()
+        return self._grads
+
+    def _clear(self) -> None:
+        """Write the zeros of what is void."""
+        for g in self.groups if self._void else ():
+            for name, s in zip(g.names, g.slices, strict=True):
+                if name in self._void:
+                    g.grad[s].zero_()
+        self._void.clear()
+
     def grad_norm(self) -> Tensor:
         """Euclidean norm over all gradients, a scalar tensor."""
+        self._clear()
         norms = [torch.linalg.vector_norm(g.grad) for g in self.groups]
         norms = [summed(n.square(), g.params[0]).sqrt() if g.cut else n for n, g in zip(norms, self.groups, strict=True)]
         return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
 
-    def scale_grads(self, by: Tensor | float) -> None:
-        """Multiply all gradients."""
+    def scale_grads(self, by: float) -> None:
+        """Multiply all gradients; where one fused call moves everything, as it reads them."""
+        self._clear()
+        if self.adam is not None and self.adam8 is None and self.adam.defaults["fused"]:
+            self._divisor /= by
+            return
         for g in self.groups:
             g.grad.mul_(by)
 
@@ -169,10 +197,15 @@ class Optimizer:
         What got no gradient since the last step stays as it is, moments and all, as torch leaves a parameter whose gradient is None: it is neither
         decayed nor carried on by its momentum (the policy while only its value learns).
         """
+        self._clear()
         still = {k: t.clone() for k, t in self._resting().items()}
-        for adam in (self.adam, self.adam8):
-            if adam is not None:
-                adam.step()
+        if self.adam is not None:
+            divisor = None if self._divisor == 1.0 else torch.tensor(self._divisor, device=self.groups[0].grad.device)
+            self.adam.grad_scale = divisor  # type: ignore[attr-defined]  # torch's name for what its fused kernel divides gradients by
+            self.adam.step()
+        if self.adam8 is not None:
+            self.adam8.step()
+        self._divisor = 1.0
         now = self._resting()
         for key, before in still.items():
             now[key].copy_(before)
@@ -205,8 +238,16 @@ class Optimizer:
     def zero_grad(self) -> None:
         """Forget all gradients."""
         self.fresh.clear()
+        self._divisor = 1.0
         for g in self.groups:
-            g.grad.zero_()
+            kept = [n for n, p in zip(g.names, g.params, strict=True) if p.dtype == torch.float32 or g.cut]
+            if len(kept) == len(g.names):
+                g.grad.zero_()
+                continue
+            self._void |= set(g.names) - set(kept)
+            for name, s in zip(g.names, g.slices, strict=True) if kept else ():
+                if name in kept:
+                    g.grad[s].zero_()
 
     @property
     def cut(self) -> bool:

@@ -31,7 +31,7 @@ TIMES, BUDGET = 7, 0.06  # an operation is run so often, or until so many second
 COPIES, ROOM = 8, 64 << 20
 BETWEEN = 10e-6  # seconds of interpreter and autograd beside each operation
 # Products: where their two factors stand among the arguments.
-PRODUCTS = {aten.mm: (0, 1), aten.addmm: (1, 2), aten.bmm: (0, 1), aten.baddbmm: (1, 2), aten._int_mm: (0, 1)}
+PRODUCTS = {aten.mm: (0, 1), aten.addmm: (1, 2), aten.addmm_: (1, 2), aten.bmm: (0, 1), aten.baddbmm: (1, 2), aten._int_mm: (0, 1)}
 # Nothing is computed: memory is asked for, or a tensor gets another name.
 FREE = {aten.detach, aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided, aten.alias, aten._local_scalar_dense}
 

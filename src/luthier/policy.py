@@ -41,6 +41,7 @@ class Policy(nn.Module):
         self.deltas: dict[str, Delta] = {}
         self.active: str | None = None
         self.kernel: Kernel | None = None  # of the head's softmax, where there is one (speed/)
+        self.by_hand: Any = None  # attention over packed examples, where there is one (speed/)
         self.voices: dict[str, Any] = {}  # other roles on the same base, see voices.py
         self.voice_heads = nn.ModuleDict()  # theirs; not saved with the delta
         self.reference_route: str | None = None  # what the policy was before training
@@ -187,7 +188,8 @@ class Policy(nn.Module):
                 shift = torch.tensor([self._shift(r) for r in (route if isinstance(route, tuple) else (route,) * len(stream.segments))])
                 example = stream.segments.example(stream.shape)
                 positions = positions + torch.where(example < 0, 0, shift[example])
-            frame = Frame(route, stream.segments, None if example_BT is None else example_BT.to(self.device), prefixes)
+            by_hand = self.by_hand if torch.is_grad_enabled() else None  # evaluation is computed plainly: see speed/
+            frame = Frame(route, stream.segments, None if example_BT is None else example_BT.to(self.device), prefixes, by_hand=by_hand)
             return frame, {"position_ids": positions.to(self.device)}
         if not stream.segments.plain:  # one example a row, masked by transformers
             raise Incompatible(f"{self.base.anatomy.family} was found to leak between examples of one row; use data.pack=no")

@@ -37,6 +37,7 @@ class Peak:
     parts: dict[str, int]  # what made them: HEAD, DECODED, OTHER
     kept: int  # alive when the forward was done: what it saved for the backward
     small: int  # of the peak: in tensors of at most SMALL bytes
+    freed: int = 0  # such tensors that the forward made and let go again, decoded weights left out: each takes the place of another
 
 
 @dataclass
@@ -72,6 +73,7 @@ class Watch(TorchDispatchMode):
         self.alive: dict[int, _Piece] = {}
         self.now, self.peak, self.kept, self.births = 0, 0, 0, 0
         self.small, self.small_at_peak = 0, 0
+        self.freed, self.forward, self.times = 0, True, 1  # in the forward; whether it is going on; how many blocks the running one stands for
         self.by_part: dict[str, int] = {}
         self.at_peak: dict[str, int] = {}
         self.part = OTHER
@@ -119,6 +121,8 @@ class Watch(TorchDispatchMode):
         piece = self.alive.pop(key)
         self.answers.pop(key, None)
         self._add(piece, -piece.bytes * piece.times)
+        if self.forward and piece.bytes <= SMALL and piece.made_by != DECODED:
+            self.freed += piece.bytes * max(piece.times, self.times)
 
     def _add(self, piece: _Piece, amount: int) -> None:
         self.now += amount
@@ -151,6 +155,7 @@ class Watch(TorchDispatchMode):
     def enter(self, times: int) -> _Block:
         """A block begins. The outputs of the one before the last are still held only where something keeps them."""
         self.settle(leave=1)
+        self.times = times
         return _Block(self.births + 1, times)
 
     def leave(self, block: _Block, outputs: Any) -> None:
@@ -164,11 +169,12 @@ class Watch(TorchDispatchMode):
             else:
                 self._multiply(piece, block.times)
         self.waiting.append(block)
+        self.times = 1
 
     def forward_done(self) -> None:
         """What is alive now is kept for the backward."""
         self.settle()
-        self.kept = self.now
+        self.kept, self.forward = self.now, False
 
     def settle(self, leave: int = 0) -> None:
         """Outputs that are still alive although the next block has run are kept. ``leave``: so many blocks are not judged yet."""
@@ -287,7 +293,7 @@ def count(
         except (RuntimeError, NotImplementedError, LookupError) as e:
             said = (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
             raise LuthierError(f"the memory of this run cannot be counted without its weights: {said}") from e
-    return Peak(watch.peak, watch.at_peak, watch.kept, watch.small_at_peak)
+    return Peak(watch.peak, watch.at_peak, watch.kept, watch.small_at_peak, watch.freed)
 
 
 @contextmanager

@@ -88,6 +88,7 @@ class Scale:
 
     def __init__(self, run: Run, gpu: Gpu | None = None, *, device: str = "cuda"):
         self.plan, self.gpu, self.device = Plan(run), gpu, device
+        self.plan.means(device)
         self.trains = bool(getattr(run.method, "whole", False))
         self.of_lm = {id(p) for p in self.plan.policy.lm.parameters()}
         self.cut = {id(t): t for t in self._cut(self.plan.policy)}

@@ -44,6 +44,13 @@ def test_a_quadratic_mask_and_idle_deltas_that_cost_are_named():
     ]
 
 
+def test_noise_is_no_surprise_and_growth_that_noise_does_not_explain_is_one():
+    noisy = [1.08, 0.95, 1.05, 0.93, 1.07]
+    assert growth.explained(X, [y * n for y, n in zip([3.0 + 2.0 * x for x in X], noisy, strict=True)], 1.15)
+    assert not growth.explained(X, [3.0 + 2.0 * x**1.6 for x in X], 1.15)
+    assert not growth.explained(X, [1.0 + x for x in X], 0.0)
+
+
 def test_the_section_takes_its_own_place_and_stays_when_the_page_is_written_anew(tmp_path):
     file = tmp_path / "benchmarks.md"
     file.write_text("# Benchmarks\n\nold ones\n\n<!-- begin: benchmarks.stored -->\n\nstored\n\n<!-- end: benchmarks.stored -->\n")

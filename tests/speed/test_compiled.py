@@ -13,7 +13,7 @@ needs = pytest.mark.skipif(compiled.kernels() is None, reason="no row kernels on
 
 
 @needs
-@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 2e-6), (torch.bfloat16, 4e-3)])
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 2e-6), (torch.bfloat16, 6e-3)])
 def test_every_kernel_is_within_rounding_of_float64(dtype, most):
     tried = compiled._tried(compiled.kernels(), dtype, torch.Generator().manual_seed(7))
     assert len(tried) >= 5
@@ -93,7 +93,7 @@ def test_without_a_compiler_there_are_none_and_it_is_said(afresh, monkeypatch, c
 @needs
 def test_a_source_that_does_not_compile_leaves_nothing_behind(afresh, monkeypatch, caplog):
     (afresh / "rows.cpp").write_text("no C++")
-    monkeypatch.setattr(compiled, "SOURCE", afresh / "rows.cpp")
+    monkeypatch.setattr(compiled, "FOLDER", afresh)
     with caplog.at_level(logging.INFO, logger="luthier.speed"):
         assert compiled.kernels() is None
     assert "cannot compile" in caplog.text and not list((afresh / "kernels").iterdir())
@@ -101,9 +101,9 @@ def test_a_source_that_does_not_compile_leaves_nothing_behind(afresh, monkeypatc
 
 @needs
 def test_kernels_that_give_other_numbers_are_not_used_and_a_library_is_compiled_once(afresh, monkeypatch, caplog):
-    text = compiled.SOURCE.read_text()
-    (afresh / "rows.cpp").write_text(text.replace("d * u * (s + silu * (1.0f - s))", "d * u * (s - silu * (1.0f - s))"))
-    monkeypatch.setattr(compiled, "SOURCE", afresh / "rows.cpp")
+    for source in compiled.FOLDER.glob("*.[ch]pp"):
+        (afresh / source.name).write_text(source.read_text().replace("d * u * (s + silu * (1.0f - s))", "d * u * (s - silu * (1.0f - s))"))
+    monkeypatch.setattr(compiled, "FOLDER", afresh)
     with caplog.at_level(logging.WARNING, logger="luthier.speed"):
         assert compiled.kernels() is None
     assert "swiglu" in caplog.text

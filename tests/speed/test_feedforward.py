@@ -5,12 +5,15 @@ import torch
 
 import tiny
 from luthier.methods.dora import Method as Dora
+from luthier.methods.full import Method as Full
 from luthier.methods.lora import Method as Lora
 from luthier.precision.nf4 import Precision as NF4
+from luthier.speed import compiled, feedforward, rows
 from luthier.speed.feedforward import Gated
 from speed_forms import OFF, apart, batch_for, distances, gradients, only, policy_on
 
 ON = only(mlp="auto")
+needs = pytest.mark.skipif(compiled.kernels() is None, reason="no row kernels on this machine (no C++ compiler)")
 
 
 def gated(policy):
@@ -41,9 +44,22 @@ def test_codes_and_16_bits():
 def test_what_it_does_not_know_keeps_its_own_forward():
     assert not gated(policy_and_install("gemma2"))  # its activation is another
     assert not gated(policy_and_install("gpt2"))
-    assert not gated(policy_and_install("llama", targets=("query",)))  # nothing in it is edited
-    policy = policy_and_install("llama", Dora(targets=("down",)))
-    assert not gated(policy)
+    assert not gated(policy_and_install("llama", Dora(targets=("down",))))  # and there are no row kernels
+
+
+@needs
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("method", [Lora(targets=("query",)), Dora(targets=("down",)), Full()])
+def test_where_nothing_is_edited_or_weights_train_the_activation_alone_is_one_kernel(method, recompute, monkeypatch):
+    policy = policy_on(tiny.base(), method, recompute=recompute)
+    loss, plain, _ = gradients(policy, OFF)
+    calls = []
+    monkeypatch.setattr(rows, "swiglu_back", lambda *a: calls.append(1) or feedforward.swiglu_back(*a))
+    other, faster, _ = gradients(policy, only(mlp="auto", kernels="auto"))
+    assert len(gated(policy)) == 2 and other == pytest.approx(loss, rel=1e-6)
+    plain, faster = ({n: g for n, g in found.items() if g is not None} for found in (plain, faster))  # the head has none: nothing is scored
+    assert apart(plain, faster) < 1e-5
+    assert bool(calls) == (type(method) is not Lora)  # fused with its frozen products under LoRA
 
 
 def policy_and_install(family, method=None, targets=("all",)):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from . import attending, compiled, feedforward, form, lora, norms
+from . import attending, byhand, compiled, feedforward, form, lora, norms
 from .rows import Miss
 
 log = logging.getLogger("luthier.speed")
@@ -31,6 +31,7 @@ def install(policy: Any, settings: Any, device: str | None = None) -> list[str]:
         "norms": norms.install(policy, rows) if rows is not None else 0,
         "attentions": attending.install(policy, rows) if rows is not None else 0,
     }
+    policy.by_hand = byhand.install(policy, rows) if rows is not None else None
     policy.kernel = Miss(rows) if rows is not None else None
     notes = [f"{n} {what}" for what, n in put.items() if n]
     if notes:
@@ -40,6 +41,6 @@ def install(policy: Any, settings: Any, device: str | None = None) -> list[str]:
 
 def remove(policy: Any) -> None:
     """Back to the plain forms."""
-    policy.kernel = None
+    policy.kernel = policy.by_hand = None
     lora.remove(policy)
     form.remove(policy.lm)

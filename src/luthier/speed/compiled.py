@@ -1,4 +1,5 @@
-"""The row kernels of rows.cpp: compiled once on a machine, kept in the cache folder, loaded in a moment, and tried against plain torch before they are used.
+"""The kernels of rows.cpp and attention.cpp: compiled once on a machine, kept in the cache folder, loaded in a moment, and tried against plain torch before
+they are used.
 
 Compiling takes about a second of one core with any C++ compiler that knows OpenMP, and needs nothing of torch: torch.compile makes as good code, but takes
 seconds to load in every process and half a minute to compile, for each shape again. Where there is no compiler, or what it makes is wrong or cannot be loaded,
@@ -26,7 +27,7 @@ from ..shards import is_sharded
 
 log = logging.getLogger("luthier.speed")
 
-SOURCE = Path(__file__).with_name("rows.cpp")
+FOLDER = Path(__file__).parent
 # No fast-math: what is no number must stay none. Loops that sum are marked in the source.
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -35,12 +36,38 @@ KERNELS = {
     "miss": (_P, _P, _P, _N, _N, _F, _I, _I),
     "rms": (_P, _P, _P, _P, _N, _N, _F, _I, _I),
     "rms_back": (_P, _P, _P, _P, _P, _N, _N, _I, _I),
+    "rms_weight": (_P, _P, _P, _P, _N, _N, _I, _I),
     "swiglu": (_P, _P, _P, _N, _I),
     "swiglu_back": (_P, _P, _P, _P, _P, _P, _N, _I),
     "rotate": (_P, _P, _P, _P, _N, _N, _N, _F, _I),
-    "attend": (_P, _N, _N, _F, _I),
-    "attend_back": (_P, _P, _N, _N, _F, _I),
+    "attend": (_P, _P, _N, _N, _N, _N, _I, _N, _F, _I),
+    "attend_back": (_P, _P, _P, _N, _N, _N, _N, _I, _N, _F, _I),
+    "collect": (_P, _P, _P, _N, _N, _N, _N, _I),
+    "spread": (_P, _P, _P, _P, _P, _N, _N, _N, _I),
 }
+# Of bfloat16, and only where the processor has products of it.
+WHOLE = {
+    "attention": (_P, _P, _P, _P, _P, _N, _P, _N, _N, _N, _I, _N, _F, _I),
+    "attention_back": (_P, _P, _P, _P, _P, _P, _P, _P, _P, _N, _P, _N, _N, _N, _I, _N, _F, _I),
+}
+
+
+class Places:
+    """Whole numbers that a kernel reads, of which its work depends: equal where the numbers are."""
+
+    def __init__(self, numbers: Tensor):
+        self.numbers = numbers.contiguous()
+        self.bytes = self.numbers.numpy().tobytes()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Places) and self.bytes == other.bytes
+
+    def __hash__(self) -> int:
+        return hash(self.bytes)
+
+    def data_ptr(self) -> int:
+        """Where they lie."""
+        return self.numbers.data_ptr()
 
 
 WATCHING: list[Callable[[str, torch.dtype, tuple[Any, ...]], None]] = []  # who counts on meta what a run would compute
@@ -53,9 +80,14 @@ class Kernels:
         self.functions: dict[tuple[str, torch.dtype], Callable[..., None]] = {}
         for dtype, suffix in NAMES.items():
             for name, types in KERNELS.items():
-                function = getattr(library, f"{name}_{suffix}")
-                function.argtypes, function.restype = types, None
-                self.functions[name, dtype] = function
+                self._add(getattr(library, f"{name}_{suffix}"), name, dtype, types)
+        self.whole = bool(library.attention_is_here())  # attention in one pass
+        for name, types in WHOLE.items() if self.whole else ():
+            self._add(getattr(library, name), name, torch.bfloat16, types)
+
+    def _add(self, function: Any, name: str, dtype: torch.dtype, types: tuple[Any, ...]) -> None:
+        function.argtypes, function.restype = types, None
+        self.functions[name, dtype] = function
 
     def __reduce__(self) -> Any:
         """A copy of a model has the kernels of this process."""
@@ -67,7 +99,7 @@ class Kernels:
             for see in WATCHING:
                 see(name, dtype, args)
             return
-        self.functions[name, dtype](*(a.data_ptr() if isinstance(a, Tensor) else a for a in args), torch.get_num_threads())
+        self.functions[name, dtype](*(a.data_ptr() if isinstance(a, Tensor | Places) else a for a in args), torch.get_num_threads())
 
 
 def fits(*tensors: Tensor) -> bool:
@@ -104,7 +136,8 @@ def _library() -> Path | None:
     if (compiler := _compiler()) is None:
         log.info("row kernels are not used: there is no C++ compiler (g++, c++ or clang++, or what CXX names)")
         return None
-    key = hashlib.sha256("\n".join([SOURCE.read_text(), compiler, *FLAGS, _cpu()]).encode()).hexdigest()[:16]
+    sources = sorted(FOLDER.glob("*.[ch]pp"))
+    key = hashlib.sha256("\n".join([*(s.read_text() for s in sources), compiler, *FLAGS, _cpu()]).encode()).hexdigest()[:16]
     root = Path(os.environ.get("LUTHIER_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "luthier") / "kernels"
     library = root / f"rows-{key}.so"
     if library.is_file():
@@ -113,7 +146,9 @@ def _library() -> Path | None:
     handle, temporary = tempfile.mkstemp(suffix=".so", dir=root)
     os.close(handle)
     try:
-        done = subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", temporary], capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [compiler, *FLAGS, *(str(s) for s in sources if s.suffix == ".cpp"), "-o", temporary], capture_output=True, text=True, timeout=120
+        )
         if done.returncode:
             log.info("row kernels are not used: %s cannot compile them: %s", compiler, (done.stderr.strip().splitlines() or ["no reason given"])[0])
             return None
@@ -160,8 +195,11 @@ def _tried(run: Kernels, dtype: torch.dtype, g: torch.Generator) -> dict[str, tu
         y, dx, inverse = torch.empty_like(x), torch.empty_like(x), torch.empty(n)
         run("rms", dtype, x, w, y, inverse, n, d, 1e-5, plus_one)
         run("rms_back", dtype, grad, x, w, inverse, dx, n, d, plus_one)
-        z = (w.double() + plus_one) * exact[0] / (exact[0].square().mean(-1, keepdim=True) + 1e-5).sqrt()
-        out[f"rms {plus_one}"] = ([y, dx], [z, torch.autograd.grad(z, exact[0], grad.double())[0]])
+        dw = torch.empty(d)
+        run("rms_weight", dtype, grad, x, inverse, dw, n, d, plus_one)
+        weight = w.double().requires_grad_()
+        z = (weight + plus_one) * exact[0] / (exact[0].square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        out[f"rms {plus_one}"] = ([y, dx, dw[None]], [z, *torch.autograd.grad(z, (exact[0], weight), grad.double())])
     h, again, dgate, dup = (torch.empty_like(x) for _ in range(4))
     run("swiglu", dtype, x, up, h, n * d)
     run("swiglu_back", dtype, grad, x, up, dgate, dup, again, n * d)
@@ -175,11 +213,33 @@ def _tried(run: Kernels, dtype: torch.dtype, g: torch.Generator) -> dict[str, tu
     leaf = q.double().view(n, heads, e).requires_grad_()
     z = leaf * cosine.double()[:, None] + torch.cat([-leaf[..., e // 2 :], leaf[..., : e // 2]], -1) * sine.double()[:, None]
     out["rotate"] = ([turned, back], [z.flatten(1), torch.autograd.grad(z, leaf, turned.double().view(n, heads, e))[0].flatten(1)])
-    p, dp = (x.flatten()[: 2 * 25].clone() for x in (x, grad))  # two heads of five positions
-    before, upstream = (t.double().view(2, 5, 5) for t in (p, dp))
-    run("attend", dtype, p, 10, 5, 0.6)
-    run("attend_back", dtype, dp, p, 10, 5, 0.6)
-    leaf = before.requires_grad_()
-    z = (0.6 * leaf).masked_fill(torch.ones(5, 5).triu(1).bool(), float("-inf")).softmax(-1)
-    out["attend"] = ([p, dp], [z.flatten(), torch.autograd.grad(z, leaf, upstream)[0].flatten()])
+    out |= _attention_tried(run, x, grad)
+    return out
+
+
+def _attention_tried(run: Kernels, x: Tensor, grad: Tensor) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
+    """The kernels of attention: two pieces of two heads of three queries over five keys."""
+    dtype, rows, n, m, out = x.dtype, 12, 3, 5, {}
+    spans = torch.tensor([[0, 2, 5, 3], [1, 2, 4, 2]])
+    at, key = torch.arange(n)[:, None], torch.arange(m)
+    for causal, window in ((1, 0), (0, 0), (1, 2), (0, 2)):
+        p, dp = (t.flatten()[: rows * m].clone() for t in (x, grad))
+        leaf, upstream = p.double().view(2, 2, n, m).requires_grad_(), dp.double().view(2, 2, n, m)
+        run("attend", dtype, p, Places(spans), rows, 2 * n, n, m, causal, window, 0.6)
+        run("attend_back", dtype, dp, p, Places(spans), rows, 2 * n, n, m, causal, window, 0.6)
+        seen = []
+        for begin, own, end, queries in spans.tolist():
+            near = ((own + at - key).abs() < window) if window else torch.ones(n, m, dtype=torch.bool)
+            seen.append((key >= begin) & (key < end) & (at < queries) & near & ((key <= own + at) if causal else True))
+        hidden = ~torch.stack(seen)[:, None].expand(2, 2, n, m)
+        z = (0.6 * leaf).masked_fill(hidden, -1e30).softmax(-1).masked_fill(hidden, 0.0)
+        out[f"attend {causal} {window}"] = ([p, dp], [z.flatten(), torch.autograd.grad(z, leaf, upstream)[0].flatten()])
+    place, d = torch.tensor([4, 2, 2, 0]), 19  # of five positions of two heads; position 2 twice, 1 and 3 not at all
+    pieces, back = x.new_empty(2, 2, 2, d), torch.empty_like(x)
+    run("collect", dtype, x, Places(place), pieces, 2, 2, 2, d)
+    first, start = torch.tensor([0, 1, 1, 3, 3, 4]), torch.tensor([5, 1, 4, 0])
+    run("spread", dtype, pieces, Places(first), Places(start), Places(torch.full_like(start, 2)), back, 5, 2, d)
+    times = torch.tensor([1.0, 0.0, 2.0, 0.0, 1.0])[:, None]
+    out["collect"] = ([pieces], [x.double().view(5, 2, d)[place].view(2, 2, 2, d).transpose(1, 2)])
+    out["spread"] = ([back], [x.double() * times])
     return out

@@ -1,7 +1,8 @@
-"""A SwiGLU feed-forward with LoRA as one step of autograd: y = (silu(x Wg') * (x Wu')) Wd', each product with its low-rank term.
+"""A SwiGLU feed-forward as one step of autograd: y = (silu(x Wg') * (x Wu')) Wd', each product with its low-rank term where it has one.
 
-Kept for the backward: x, gate and up, and the narrow products. The activation and the input of the last product, each as large as gate, are made again from
-them, which takes as long as reading them would.
+Kept for the backward: x, gate and up, and the narrow products; x only where it has a low-rank term. The activation and the input of the last product, each as
+large as gate, are made again from them, which takes as long as reading them would. Where a weight trains, or an edit is more than a low-rank term, the linears
+are called as they are, and the activation between them is one row kernel.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from torch import Tensor, nn
 
 from ..anatomy import features
 from ..site import Frame, Site, current, using
-from .compiled import Kernels
+from .compiled import Kernels, fits
 from .form import Form
 from .linears import Frozen, Group, Term, factors, scales
 from .lora import PLAIN, term_of
-from .rows import swiglu, swiglu_back
+from .rows import Swiglu, swiglu, swiglu_back
 from .selftest import at_hand, differs, evaluating
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
@@ -36,7 +37,8 @@ class _Gated(torch.autograd.Function):
         narrow = outer.low(h, last)
         (y,) = outer.forward(h, narrow, last)
         ctx.groups, ctx.run, ctx.split = (inner, outer), run, len(first)
-        ctx.save_for_backward(x, gate, up, low, narrow, *first, *last)
+        ctx.save_for_backward(x if first else None, gate, up, low, narrow, *first, *last)
+        ctx.shape = x.shape
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
@@ -50,8 +52,9 @@ class _Gated(torch.autograd.Function):
         outer.of_a(p, h, given, wants[4:])
         del dh, h
         dx, p, inside = inner.backward(low, first, [dgate, dup], wants_x, wants[:4])
-        inner.of_a(p, x.reshape(-1, x.shape[-1]), inside, wants[:4])
-        return (None if dx is None else dx.view(x.shape), None, None, None, *inside, *given)
+        if x is not None:
+            inner.of_a(p, x.reshape(-1, x.shape[-1]), inside, wants[:4])
+        return (None if dx is None else dx.view(ctx.shape), None, None, None, *inside, *given)
 
 
 class Gated(Form):
@@ -70,9 +73,17 @@ class Gated(Form):
             return None
         terms = [None if s is None or frame.route is None else term_of(s, frame.route) for s in self.sites]
         if any(t is PLAIN for t in terms) or not all(f.usable(x.dtype) for f in self.linears):
-            return None
+            return self.apart(x)
         known: list[Term | None] = terms  # type: ignore[assignment]
         return _Gated.apply(x, self.linears, scales(known), self.run, *factors(known))  # type: ignore[no-any-return]
+
+    def apart(self, x: Tensor) -> Tensor | None:
+        """The linears as they are."""
+        m, run = self.module, self.run
+        if run is None:
+            return None
+        gate, up = m.gate_proj(x), m.up_proj(x)
+        return m.down_proj(Swiglu.apply(gate, up, run) if fits(gate, up) else m.act_fn(gate) * up)  # type: ignore[no-any-return]
 
 
 def usual(module: nn.Module) -> bool:
@@ -84,16 +95,14 @@ def usual(module: nn.Module) -> bool:
 
 
 def install(policy: Any, run: Kernels | None) -> int:
-    """Give every usual feed-forward of which a linear is edited the fused form, where it is found equal. Returns how many."""
+    """Give every usual feed-forward the fused form, where it is found equal. Returns how many."""
     put, tested = 0, {}
     for module in list(policy.lm.modules()):
         if not usual(module):
             continue
         form = Gated(module, run)
         edits = [None if s is None or policy.name not in s.edits else type(s.edits[policy.name]) for s in form.sites]
-        kind = tuple(zip((type(f.module) for f in form.linears), edits, strict=True))
-        if not any(edits):
-            continue  # nothing of it is kept for a gradient of its own
+        kind = tuple((type(f.module), f.usable(policy.lm.dtype), edit) for f, edit in zip(form.linears, edits, strict=True))
         if kind not in tested:
             tested[kind] = _equals(policy, form)
         if tested[kind]:
@@ -114,7 +123,7 @@ def _equals(policy: Any, form: Gated) -> bool:
         with using(Frame(policy.name)):
             y = form.faster(x)
         if y is None:
-            raise RuntimeError("the fused form declines")
+            raise RuntimeError("the fused form declines")  # without kernels, where an edit is more than a low-rank term
         return [y]
 
     with at_hand([form.module]), evaluating([s.edits[policy.name] for s in form.sites if s is not None and policy.name in s.edits]) as edits:

@@ -14,7 +14,7 @@ from .selftest import at_hand, differs
 
 
 class Normed(Form):
-    """Stands in for a norm's forward. A weight that trains, a stand-in for it, tensors that the kernel does not take: the norm's own."""
+    """Stands in for a norm's forward. A stand-in for its weight, tensors that the kernel does not take: the norm's own."""
 
     def __init__(self, module: nn.Module, plus_one: bool, run: Kernels):
         super().__init__(module)
@@ -22,7 +22,7 @@ class Normed(Form):
 
     def faster(self, x: Tensor) -> Tensor | None:
         weight: Any = self.module._parameters["weight"]
-        if type(self.module) is not self.kind or weight.requires_grad or not fits(x, weight):
+        if type(self.module) is not self.kind or not fits(x, weight):
             return None
         return Rms.apply(x, weight, epsilon(self.module), self.plus_one, self.run)  # type: ignore[no-any-return]
 
@@ -57,4 +57,5 @@ def _equals(module: nn.Module, weight: Tensor, form: Normed) -> bool:
     if weight.is_meta:
         return form.plus_one == ("Gemma" in type(module).__name__)  # memory is the same either way
     with at_hand([module]):
-        return not differs(lambda x: [module(x)], lambda x: [form(x)], [], len(weight), weight.dtype, weight.device)
+        weight = module._parameters["weight"]  # type: ignore[assignment]
+        return not differs(lambda x: [module(x)], lambda x: [form(x)], [module] if weight.requires_grad else [], len(weight), weight.dtype, weight.device)

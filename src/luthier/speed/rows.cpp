@@ -4,51 +4,11 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <vector>
+
+#include "numbers.hpp"
 
 namespace {
-
-using half = uint16_t;  // bfloat16, by its bits
-
-inline float bits(uint32_t u) {
-    float f;
-    std::memcpy(&f, &u, 4);
-    return f;
-}
-
-inline float load(float x) { return x; }
-inline float load(half x) { return bits(static_cast<uint32_t>(x) << 16); }
-
-inline void store(float* to, float x) { *to = x; }
-inline void store(half* to, float x) {  // to nearest, ties to even; what is no number stays none
-    uint32_t u;
-    std::memcpy(&u, &x, 4);
-    const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-    const uint32_t none = (u >> 16) | 0x40u;
-    *to = static_cast<half>((u & 0x7fffffffu) > 0x7f800000u ? none : rounded);
-}
-
-template <class T> inline float rounded(float x) {
-    T t;
-    store(&t, x);
-    return load(t);
-}
-
-// e^x for x <= 88, 0 below -87: a polynomial of degree 6 over [-ln 2 / 2, ln 2 / 2] (Taylor's, its last coefficients fitted), off by less than 2 units in the
-// last place. What is no number stays none.
-inline float exponential(float x) {
-    const float low = x < -87.3f ? -87.3f : x;
-    const float clipped = low > 88.0f ? 88.0f : low;
-    const float n = std::nearbyint(clipped * 1.44269504f);
-    const float r = (clipped - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    return p * bits(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
-}
 
 inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
@@ -114,6 +74,28 @@ void rms_back(const T* g, const T* x, const T* w, const float* inverse, T* dx, i
     }
 }
 
+// The gradient of w: the sum over rows of g * round(x / rms), fp32. Every thread takes columns of its own.
+template <class T> void rms_weight(const T* g, const T* x, const float* inverse, float* dw, int64_t n, int64_t d, int plus_one, int threads) {
+    constexpr int64_t WIDE = 32;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t at = 0; at < d; at += WIDE) {
+        const int64_t wide = at + WIDE < d ? WIDE : d - at;
+        float sum[WIDE] = {};
+        for (int64_t i = 0; i < n; i++) {
+            const T *up = g + i * d + at, *row = x + i * d + at;
+            const float by = inverse[i];
+            if (plus_one) {
+#pragma omp simd
+                for (int64_t j = 0; j < wide; j++) sum[j] += load(up[j]) * (load(row[j]) * by);
+            } else {
+#pragma omp simd
+                for (int64_t j = 0; j < wide; j++) sum[j] += load(up[j]) * rounded<T>(load(row[j]) * by);
+            }
+        }
+        for (int64_t j = 0; j < wide; j++) dw[at + j] = sum[j];
+    }
+}
+
 constexpr int64_t PIECE = 8192;  // numbers that a thread takes at a time where there are no rows
 
 // h = silu(gate) * up, n numbers.
@@ -174,41 +156,111 @@ template <class T> void rotate(const T* x, const T* cosine, const T* sine, T* y,
     }
 }
 
-// Scores (rows, l) of queries at position row % l become causal attention: softmax(scale * score) over what is not later, 0 elsewhere.
-template <class T> void attend(T* scores, int64_t rows, int64_t l, float scale, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static, 64)
-    for (int64_t i = 0; i < rows; i++) {
-        T* row = scores + i * l;
-        const int64_t seen = i % l + 1;
-        float most = -INFINITY, sum = 0.0f;
-#pragma omp simd reduction(max : most)
-        for (int64_t j = 0; j < seen; j++) {
-            const float x = load(row[j]);
-            most = x > most ? x : most;
+// Scores (rows, m) of attention become probabilities: softmax(scale * score) over what a query sees, 0 elsewhere. Rows come in pieces of ``per``, heads of ``n``
+// queries each; of a piece, ``spans`` has the first key that is real, the key that its first query is itself, the end of the real keys, and how many of the n
+// queries are real. Causal: nothing later than itself. Window: nothing so many places away, or more.
+struct Seen {
+    int64_t begin, end;
+    Seen(int64_t row, const int64_t* spans, int64_t per, int64_t n, int causal, int64_t window) {
+        const int64_t *span = spans + row / per * 4, j = row % n, own = span[1] + j;
+        begin = span[0];
+        end = causal && own + 1 < span[2] ? own + 1 : span[2];
+        if (window > 0) {
+            begin = own + 1 - window > begin ? own + 1 - window : begin;
+            end = own + window < end ? own + window : end;
         }
-        const float top = most * scale;
+        if (j >= span[3]) begin = end = 0;
+    }
+};
+
+template <class T>
+void attend(T* scores, const int64_t* spans, int64_t rows, int64_t per, int64_t n, int64_t m, int causal, int64_t window, float scale, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> kept(m);  // the exponentials of a row, before they are rounded
+        float* const e = kept.data();
+#pragma omp for schedule(static, 64)
+        for (int64_t i = 0; i < rows; i++) {
+            T* row = scores + i * m;
+            const Seen seen(i, spans, per, n, causal, window);
+            float most = -INFINITY, sum = 0.0f;
+#pragma omp simd reduction(max : most)
+            for (int64_t j = seen.begin; j < seen.end; j++) {
+                const float x = load(row[j]);
+                most = x > most ? x : most;
+            }
+            const float top = most * scale;
 #pragma omp simd reduction(+ : sum)
-        for (int64_t j = 0; j < seen; j++) sum += exponential(load(row[j]) * scale - top);
-        const float by = 1.0f / sum;
+            for (int64_t j = seen.begin; j < seen.end; j++) {
+                const float x = exponential(load(row[j]) * scale - top);
+                e[j] = x;
+                sum += x;
+            }
+            const float by = 1.0f / sum;
 #pragma omp simd
-        for (int64_t j = 0; j < seen; j++) store(&row[j], by * exponential(load(row[j]) * scale - top));
-        std::memset(row + seen, 0, sizeof(T) * (l - seen));
+            for (int64_t j = seen.begin; j < seen.end; j++) store(&row[j], by * e[j]);
+            std::memset(row, 0, sizeof(T) * seen.begin);
+            std::memset(row + seen.end, 0, sizeof(T) * (m - seen.end));
+        }
     }
 }
 
 // The gradient of the attention becomes that of the scores: scale * p * (g - sum(p g)).
-template <class T> void attend_back(T* g, const T* p, int64_t rows, int64_t l, float scale, int threads) {
+template <class T>
+void attend_back(T* g, const T* p, const int64_t* spans, int64_t rows, int64_t per, int64_t n, int64_t m, int causal, int64_t window, float scale, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static, 64)
     for (int64_t i = 0; i < rows; i++) {
-        T* up = g + i * l;
-        const T* own = p + i * l;
-        const int64_t seen = i % l + 1;
+        T* up = g + i * m;
+        const T* own = p + i * m;
+        const Seen seen(i, spans, per, n, causal, window);
         float along = 0.0f;
 #pragma omp simd reduction(+ : along)
-        for (int64_t j = 0; j < seen; j++) along += load(up[j]) * load(own[j]);
+        for (int64_t j = seen.begin; j < seen.end; j++) along += load(up[j]) * load(own[j]);
 #pragma omp simd
-        for (int64_t j = 0; j < seen; j++) store(&up[j], scale * load(own[j]) * (load(up[j]) - along));
-        std::memset(up + seen, 0, sizeof(T) * (l - seen));
+        for (int64_t j = seen.begin; j < seen.end; j++) store(&up[j], scale * load(own[j]) * (load(up[j]) - along));
+        std::memset(up, 0, sizeof(T) * seen.begin);
+        std::memset(up + seen.end, 0, sizeof(T) * (m - seen.end));
+    }
+}
+
+// Vectors (positions, heads, d) into pieces (pieces, heads, n, d), which say where each of their n places lies.
+template <class T> void collect(const T* from, const int64_t* place, T* to, int64_t pieces, int64_t n, int64_t heads, int64_t d, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < pieces * n; i++) {
+        T* out = to + ((i / n) * heads * n + i % n) * d;
+        const T* in = from + place[i] * heads * d;
+        for (int64_t h = 0; h < heads; h++) std::memcpy(out + h * n * d, in + h * d, sizeof(T) * d);
+    }
+}
+
+// The way back: of a position, the sum of what lies of it in pieces, in fp32; 0 where nothing does. Its shares are ``first[i] .. first[i + 1]``; share s of
+// head h is the vector ``start[s] + h * stride[s]``.
+template <class T>
+void spread(const T* from, const int64_t* first, const int64_t* start, const int64_t* stride, T* to, int64_t positions, int64_t heads, int64_t d, int threads) {
+    constexpr int64_t WIDE = 64;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < positions; i++) {
+        const int64_t begin = first[i], end = first[i + 1];
+        for (int64_t h = 0; h < heads; h++) {
+            T* out = to + (i * heads + h) * d;
+            if (begin == end) {
+                std::memset(out, 0, sizeof(T) * d);
+            } else if (begin + 1 == end) {
+                std::memcpy(out, from + (start[begin] + h * stride[begin]) * d, sizeof(T) * d);
+            } else {
+                for (int64_t at = 0; at < d; at += WIDE) {
+                    const int64_t wide = at + WIDE < d ? WIDE : d - at;
+                    float sum[WIDE] = {};
+                    for (int64_t s = begin; s < end; s++) {
+                        const T* in = from + (start[s] + h * stride[s]) * d + at;
+#pragma omp simd
+                        for (int64_t j = 0; j < wide; j++) sum[j] += load(in[j]);
+                    }
+#pragma omp simd
+                    for (int64_t j = 0; j < wide; j++) store(&out[at + j], sum[j]);
+                }
+            }
+        }
     }
 }
 
@@ -220,13 +272,24 @@ template <class T> void attend_back(T* g, const T* p, int64_t rows, int64_t l, f
     void rms_back_##name(const T* g, const T* x, const T* w, const float* r, T* dx, int64_t n, int64_t d, int o, int th) {                           \
         rms_back<T>(g, x, w, r, dx, n, d, o, th);                                                                                                  \
     }                                                                                                                                              \
+    void rms_weight_##name(const T* g, const T* x, const float* r, float* dw, int64_t n, int64_t d, int o, int th) {                                   \
+        rms_weight<T>(g, x, r, dw, n, d, o, th);                                                                                                       \
+    }                                                                                                                                                  \
     void swiglu_##name(const T* a, const T* b, T* h, int64_t n, int th) { swiglu<T>(a, b, h, n, th); }                                               \
     void swiglu_back_##name(const T* g, const T* a, const T* b, T* da, T* db, T* h, int64_t n, int th) { swiglu_back<T>(g, a, b, da, db, h, n, th); } \
     void rotate_##name(const T* x, const T* c, const T* s, T* y, int64_t n, int64_t heads, int64_t d, float sign, int th) {                          \
         rotate<T>(x, c, s, y, n, heads, d, sign, th);                                                                                                  \
     }                                                                                                                                                  \
-    void attend_##name(T* s, int64_t rows, int64_t l, float scale, int th) { attend<T>(s, rows, l, scale, th); }                                     \
-    void attend_back_##name(T* g, const T* p, int64_t rows, int64_t l, float scale, int th) { attend_back<T>(g, p, rows, l, scale, th); }
+    void attend_##name(T* p, const int64_t* z, int64_t r, int64_t per, int64_t n, int64_t m, int c, int64_t w, float s, int th) {                        \
+        attend<T>(p, z, r, per, n, m, c, w, s, th);                                                                                                     \
+    }                                                                                                                                                  \
+    void attend_back_##name(T* g, const T* p, const int64_t* z, int64_t r, int64_t per, int64_t n, int64_t m, int c, int64_t w, float s, int th) {      \
+        attend_back<T>(g, p, z, r, per, n, m, c, w, s, th);                                                                                            \
+    }                                                                                                                                                  \
+    void collect_##name(const T* x, const int64_t* at, T* y, int64_t s, int64_t n, int64_t h, int64_t d, int th) { collect<T>(x, at, y, s, n, h, d, th); } \
+    void spread_##name(const T* x, const int64_t* f, const int64_t* a, const int64_t* b, T* y, int64_t n, int64_t h, int64_t d, int th) {               \
+        spread<T>(x, f, a, b, y, n, h, d, th);                                                                                                         \
+    }
 
 extern "C" {
 BOTH(float, float32)

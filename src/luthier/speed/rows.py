@@ -15,7 +15,7 @@ from .compiled import Kernels, fits
 
 
 class Rms(torch.autograd.Function):
-    """w * x / rms(x) over the last axis, or (1 + w) * x / rms(x). Keeps x and one number a row; the weight takes no gradient."""
+    """w * x / rms(x) over the last axis, or (1 + w) * x / rms(x). Keeps x and one number a row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_d: Tensor, eps: float, plus_one: bool, run: Kernels) -> Tensor:
@@ -31,9 +31,13 @@ class Rms(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         x, weight_d, inverse = ctx.saved_tensors
         plus_one, run = ctx.how
-        dx = torch.empty_like(x)
-        run("rms_back", x.dtype, grads[0].contiguous(), x, weight_d, inverse, dx, len(inverse), x.shape[-1], int(plus_one))
-        return dx, None, None, None, None
+        up, dx, dw, many = grads[0].contiguous(), torch.empty_like(x), None, (len(inverse), x.shape[-1], int(plus_one))
+        run("rms_back", x.dtype, up, x, weight_d, inverse, dx, *many)
+        if ctx.needs_input_grad[1]:
+            dw = torch.empty_like(weight_d, dtype=torch.float32)
+            run("rms_weight", x.dtype, up, x, inverse, dw, *many)
+            dw = dw.to(weight_d.dtype)
+        return dx, dw, None, None, None
 
 
 class Rotate(torch.autograd.Function):
@@ -76,6 +80,22 @@ def swiglu_back(dh: Tensor, gate: Tensor, up: Tensor, run: Kernels | None) -> tu
     dup = dh * h
     dgate = torch.ops.aten.silu_backward(dh * up, gate)
     return dgate, dup, h.mul_(up)
+
+
+class Swiglu(torch.autograd.Function):
+    """silu(gate) * up. Keeps these two and nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, run: Kernels) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.run = run
+        return swiglu(gate, up, run)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        gate, up = ctx.saved_tensors
+        dgate, dup, _ = swiglu_back(grads[0].contiguous(), gate, up, ctx.run)
+        return dgate, dup, None
 
 
 class Miss:
