@@ -28,3 +28,18 @@ def shared() -> Path:
     if not where or not Path(where).is_dir():
         pytest.skip("LUTHIER_DATA names no folder of real data")
     return Path(where)
+
+
+@pytest.fixture
+def quick_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forecast of time runs every operation as ever, but once and in small parts: for tests that ask what is said, not how near it is.
+
+    How near it is: test_pace.py and test_forecast.py.
+    """
+    from luthier import forecast, pace
+
+    monkeypatch.setattr(pace, "TIMES", 1)
+    monkeypatch.setattr(pace, "COPIES", 1)
+    monkeypatch.setattr(pace, "PRODUCT", 1e7)
+    monkeypatch.setattr(pace, "NUMBERS", 1 << 16)
+    monkeypatch.setattr(forecast, "UPDATED", 1 << 16)

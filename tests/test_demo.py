@@ -1,10 +1,12 @@
 """The demo, cut short: its table, its side-by-side answers, its next commands."""
 
+from luthier import session
 from luthier.cli import main
+from luthier.errors import LuthierError
 
 
-def test_the_demo_runs_and_says_what_was_gained_and_what_to_try(tmp_path, capsys):
-    code = main(["demo", "--steps", "2", "--rows", "6", "--out", str(tmp_path)])
+def test_the_demo_runs_and_says_what_was_gained_and_what_to_try(tmp_path, capsys, monkeypatch):
+    code = main(["demo", "--steps", "1", "--rows", "2", "--out", str(tmp_path)])
     out = capsys.readouterr().out
     assert code == 0
     for words in (
@@ -21,5 +23,13 @@ def test_the_demo_runs_and_says_what_was_gained_and_what_to_try(tmp_path, capsys
     ):
         assert words in out, words
     assert (tmp_path / "demo" / "adapter" / "adapter_model.safetensors").exists()
-    assert main(["demo", "--steps", "1", "--rows", "2", "--out", str(tmp_path)]) == 0  # a second one does not collide
-    assert (tmp_path / "demo-2").exists()
+    before = (tmp_path / "demo-data" / "train.jsonl").read_bytes()
+    asked = []
+
+    def execute(run, **_):  # a second one does not collide; what it would do was just seen
+        asked.append(run)
+        raise LuthierError("far enough")
+
+    monkeypatch.setattr(session, "execute", execute)
+    assert main(["demo", "--steps", "1", "--rows", "2", "--out", str(tmp_path)]) == 2
+    assert [run.name for run in asked] == ["demo-2"] and (tmp_path / "demo-data" / "train.jsonl").read_bytes() == before

@@ -8,11 +8,16 @@ import pytest
 
 from luthier.cli import main
 
+pytestmark = pytest.mark.usefixtures("quick_clock")
+
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 # What a command gets besides, so that it takes a second here; the commands are otherwise as they are printed.
 SHORTER = {
-    "demo": ["--steps", "4", "--rows", "4"],
-    "train": ["optim.steps=4", "optim.batch_tokens=1024", "data.validation_rows=20", "evaluate.task_rows=4", "evaluate.samples=1", "evaluate.sample_tokens=8"],
+    "demo": ["--steps", "1", "--rows", "2"],
+    "train": [
+        *("optim.steps=4", "optim.batch_tokens=1024", "data.validation_rows=20"),
+        *("evaluate.every_steps=4", "evaluate.task_rows=4", "evaluate.samples=1", "evaluate.sample_tokens=8"),
+    ],
     "eval": ["--max-new", "12"],
     "generate": ["--max-new", "8"],
 }

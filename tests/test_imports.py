@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import luthier
@@ -31,6 +32,7 @@ LAW: dict[str, set[str]] = {
     "nn": set(),
     "families": set(),
     "shards": set(),
+    "heap": set(),
     "packed": {"shards"},
     "bnb": {"nn"},
     "anatomy": {"core", "families", "packed", "shards", "site"},
@@ -58,7 +60,7 @@ LAW: dict[str, set[str]] = {
     "graph": {"decoding"},
     "sampling": set(),
     "generation": {"core", "decoding", "sampling"},
-    "sharding": BASICS | {"amounts", "device", "shards"},
+    "sharding": BASICS | {"amounts", "device", "heap", "shards"},
     "policy": BASICS | {"device", "sharding", "sharing", "site", "standin", "attention", "prompts", "decoding", "generation", "graph", "prepacked"},
     "vllm_engine": {"adapter", "core", "hub", "opening", "plugins", "policy", "run", "sampling"},
     "probe": BASICS | {"site", "attention"},
@@ -112,7 +114,7 @@ LAW: dict[str, set[str]] = {
     "merging": {"anatomy", "core", "packed", "plugins", "policy", "site", "adapter"},
     "combining": {"core", "adapter", "atomic", "layout", "lowrank"},
     "codes": {"anatomy", "atomic", "core", "packed", "plugins"},
-    "quantised": BASICS | {"codes"},
+    "quantised": BASICS | {"codes", "heap"},
     "build": BASICS
     | {
         "adapter",
@@ -274,6 +276,7 @@ def loaded(tree: ast.AST) -> Iterator[ast.AST]:
         yield from loaded(node)
 
 
+@cache
 def parsed() -> list[tuple[Path, ast.Module]]:
     found = [(f, ast.parse(f.read_text(encoding="utf-8"))) for f in files()]
     assert len(found) >= 60, f"only {len(found)} files were parsed"

@@ -206,12 +206,15 @@ t = threading.Thread(target=watch); t.start()
 config = AutoConfig.from_pretrained(sys.argv[1])
 lm, _ = quantised.open_model(AutoModelForCausalLM, Path(sys.argv[1]), config, plugin("precision", "nf4")(kernels="torch"))
 going[0] = False; t.join()
-print(peak[0] - before)
+print(peak[0] - before, anonymous() - before)
 """
 
 
 def test_loading_never_holds_more_than_the_codes_and_two_tensors(tmp_path):
-    """59 M weights in bf16 would be 117 MB; their codes are 30 MB, and the largest tensor is 17 MB in bf16."""
+    """59 M weights in bf16 would be 117 MB; their codes are 30 MB, and the largest tensor is 17 MB in bf16.
+
+    It did hold more, once in some runs: glibc kept what was freed, up to 45 MB of it after the last weight.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = LlamaConfig(hidden_size=1024, intermediate_size=8192, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=8, vocab_size=64)
@@ -220,4 +223,6 @@ def test_loading_never_holds_more_than_the_codes_and_two_tensors(tmp_path):
     assert done.returncode == 0, done.stderr
     weights = 2 * (4 * 1024 * 1024 + 3 * 1024 * 8192)
     codes_, largest, rest = weights * 0.516, 1024 * 8192 * 2, 8e6  # rest: what is no linear, and what transformers leave behind
-    assert int(done.stdout) < codes_ + 2 * largest + rest
+    peak, after = map(int, done.stdout.split())
+    assert after < codes_ + rest
+    assert peak < codes_ + 2 * largest + rest

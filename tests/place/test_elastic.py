@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -21,6 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import forked
 import launching
 import tiny
 
@@ -41,15 +42,23 @@ place.sums({"a": 1.0}, "a sum")
 """
 
 
+def _missing(arguments: Sequence[str]) -> int:
+    rank, size, meet = arguments
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": meet}
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    exec(MISSING, {})
+    return 0
+
+
 def test_a_rank_that_is_stopped_and_one_that_is_elsewhere_are_named_with_the_operation(tmp_path: Path) -> None:
-    (tmp_path / "missing.py").write_text(MISSING)
-    started = launching.start(3, [str(tmp_path / "missing.py")])
+    meet = str(launching.port())
+    started = [forked.Program(_missing, [str(rank), "3", meet], tmp_path / f"said by {rank}") for rank in range(3)]
     try:
-        ((code, _, said),) = launching.finish(started[:1], 60)
+        code, said = started[0].wait(60)
     finally:
         for p in started[1:]:
-            p.kill()
-        launching.finish(started[1:], 5)
+            p.send(signal.SIGKILL)
+            p.wait(5)
     assert code == 1
     assert re.search(r"error: rank 1 on \S+ does not answer any more; when last heard of it was computing after 'the start'", said), said
     assert re.search(r"rank 2 on \S+ is alive and elsewhere: for \d+ s after 'the start'", said), said

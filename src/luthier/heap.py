@@ -1,0 +1,32 @@
+"""What the C library keeps of the memory that was freed. glibc alone: other allocators give back by themselves, and there is nothing to do."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from functools import cache
+from typing import Any
+
+M_MMAP_THRESHOLD = -3  # of malloc.h
+
+
+@cache
+def _glibc() -> Any:
+    """The C library where it is glibc, else None."""
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
+
+
+def give_back() -> None:
+    """Give what was freed so far back to the system, once. What is allocated next takes its pages anew; nothing else changes."""
+    if _glibc() is not None:
+        _glibc().malloc_trim(0)
+
+
+def give_back_always() -> None:
+    """From here on large blocks are mapped one by one, and unmapped when they are freed: for a process that gathers and frees at every step.
+
+    glibc keeps freed blocks for later, and before 2.38 aligned ones (all of PyTorch's) hardly ever fit again: a rank that had gathered every block once would
+    hold memory for all of them. It costs a page fault for each 4 KB of whatever is large and short-lived; `give_back` does not.
+    """
+    if _glibc() is not None:
+        _glibc().mallopt(M_MMAP_THRESHOLD, 256 * 1024)
