@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from . import speed
 from .saved import Watch
 from .speed import compiled
 
@@ -32,6 +33,8 @@ COPIES, ROOM = 8, 64 << 20
 BETWEEN = 10e-6  # seconds of interpreter and autograd beside each operation
 # Products: where their two factors stand among the arguments.
 PRODUCTS = {aten.mm: (0, 1), aten.addmm: (1, 2), aten.addmm_: (1, 2), aten.bmm: (0, 1), aten.baddbmm: (1, 2), aten._int_mm: (0, 1)}
+# Attention over packed examples: where queries and then keys stand among the arguments, and where the ends of their pieces.
+PACKED = {"torch_attn._varlen_attn": (0, 3), "torch_attn._varlen_attn_backward": (1, 6)}
 # Nothing is computed: memory is asked for, or a tensor gets another name.
 FREE = {aten.detach, aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided, aten.alias, aten._local_scalar_dense}
 
@@ -90,7 +93,7 @@ class RowKernel:
     dtype: torch.dtype
 
     def __call__(self, *args: Any) -> None:
-        found = compiled.kernels()
+        found = speed.kernels(args[0].device.type)
         assert found is not None
         found(self.name, self.dtype, *args)
 
@@ -174,7 +177,12 @@ class Machine:
         size = sum(t.count * t.dtype.itemsize for _, t in call.tensors)
         sets = []
         for _ in range(max(1, min(COPIES, ROOM // max(1, size)))):
-            leaves = [leaf.made(self.device) if isinstance(leaf, Like) else self.device if isinstance(leaf, torch.device) else leaf for leaf in call.leaves]
+            leaves: list[Any] = [
+                leaf.made(self.device) if isinstance(leaf, Like) else self.device if isinstance(leaf, torch.device) else leaf for leaf in call.leaves
+            ]
+            if (found := PACKED.get(_name(call))) is not None:  # ends that are zero would be pieces of nothing
+                for x, ends in zip(leaves[found[0] : found[0] + 2], leaves[found[1] : found[1] + 2], strict=True):
+                    ends.copy_(torch.linspace(0, len(x), len(ends), device=self.device).round())
             sets.append(tree_unflatten(leaves, spec))
         turn = itertools.cycle(sets)
 
@@ -183,6 +191,10 @@ class Machine:
             return call.func(*args, **kwargs)
 
         return run
+
+
+def _name(call: Call) -> str:
+    return call.func.name if isinstance(call.func, RowKernel) else str(call.func.overloadpacket)
 
 
 def usual(run: Callable[[], Any], device: torch.device) -> float:
@@ -209,7 +221,7 @@ def of_one_type(call: Call) -> Call:
 def part_of(call: Call) -> tuple[Call, float]:
     """A smaller call of the same kind, and its share of the work; the call itself where it is small."""
     tensors = dict(call.tensors)
-    if isinstance(call.func, RowKernel):  # it is told how many rows there are
+    if isinstance(call.func, RowKernel) or _name(call) in PACKED:  # it is told how many rows there are
         return call, 1.0
     if call.func.overloadpacket in PRODUCTS:
         return _smaller_product(call, tensors)

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from .gathers import following
 from .gpus import Gpu
-from .pace import FREE, PRODUCTS
+from .pace import FREE, PACKED, PRODUCTS
 from .saved import Watch
 
 aten = torch.ops.aten
@@ -83,6 +83,10 @@ def operations(packet: Any, args: Any) -> float:
     if packet in PRODUCTS:
         a, b = (args[i] for i in PRODUCTS[packet])
         return 2.0 * math.prod(a.shape) * b.shape[-1]
+    if (name := str(packet)) in PACKED:
+        q, ends = PACKED[name]
+        _, _, longest, seen, causal = args[ends : ends + 5]  # as if all pieces were as long as the longest
+        return (2.0 if q == 0 else 5.0) * 2.0 * math.prod(args[q].shape) * seen * (0.5 if causal and longest == seen else 1.0)
     if packet not in ATTENTION:
         return 0.0
     backward = ATTENTION[packet] == 5

@@ -281,7 +281,8 @@ class Speed:
     mlp: Literal["auto", "off"] = "auto"
     """SwiGLU feed-forwards with LoRA as one step that keeps less for the backward."""
     kernels: Literal["auto", "off"] = "auto"
-    """Row kernels on the CPU: RMSNorm, SwiGLU, rotary positions, cross-entropy. Compiled once on a machine, in a second, where it has a C++ compiler."""
+    """Row kernels: RMSNorm, SwiGLU, rotary positions, cross-entropy. On the CPU compiled once on a machine, in a second, where it has a C++ compiler; on CUDA
+    by triton. And attention over packed examples: by hand on the CPU, in one call of torch's flash kernel on CUDA."""
     share_prompts: Literal["auto", "on", "off"] = "auto"
     """Compute what examples of a packed row begin with once for all of them, as the prompt of a pair's two answers. auto: where that saves enough; on: wherever
     anything is shared, and refuse a model that cannot."""

@@ -33,7 +33,7 @@ class Frame:
     example_BT: Tensor | None = None  # (B, T) on the device, -1 on padding; needed by a mixed route over segments only
     prefixes: Mapping[str, Mapping[nn.Module, tuple[Tensor, Tensor]]] = field(default_factory=dict)  # delta -> attention module -> keys, values (P, H_kv, d)
     plans: dict[Any, Any] = field(default_factory=dict)  # what attention worked out for these segments, shared by the layers
-    by_hand: Any = None  # attention over segments where torch's own is slow (speed/byhand.py)
+    by_hand: Any = None  # attention over segments where torch's own is slow (speed/byhand.py, varlen.py)
 
     def serves(self, name: str, shape: tuple[int, int]) -> Tensor:
         """(B, T) or (B, 1): where in an input of this shape a mixed route has the delta ``name``; nowhere on padding."""

@@ -15,7 +15,7 @@ needs = pytest.mark.skipif(compiled.kernels() is None, reason="no row kernels on
 @needs
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 2e-6), (torch.bfloat16, 6e-3)])
 def test_every_kernel_is_within_rounding_of_float64(dtype, most):
-    tried = compiled._tried(compiled.kernels(), dtype, torch.Generator().manual_seed(7))
+    tried = compiled.tried(compiled.kernels(), dtype, torch.Generator().manual_seed(7))
     assert len(tried) >= 5
     for name, (got, wanted) in tried.items():
         for a, b in zip(got, wanted, strict=True):

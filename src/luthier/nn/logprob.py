@@ -12,8 +12,8 @@ Products run in the head's dtype with fp32 accumulation; log-sum-exp, log p and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,16 +24,20 @@ ROWS_MULTIPLE = 64  # rows are padded up: every new shape costs generated code t
 KEEP_BYTES = 512 << 20  # residuals kept for a trained head
 
 
-# (raw logits (n, V), tokens (n,), scale, write) -> log p (n,) fp32; with ``write`` the logits become the derivative of -log p in place. None: not for these.
-Kernel = Callable[[Tensor, Tensor, float, bool], Tensor | None]
-KERNEL_BYTES = 32 << 20  # logits of one chunk where a kernel works on them in place: more rows make better matrix products
+class Kernel(Protocol):
+    """The softmax of a chunk of logits in place."""
+
+    room: int  # bytes of logits of one chunk: nothing is kept beside them, and more rows make better matrix products
+
+    def __call__(self, raw: Tensor, token_n: Tensor, scale: float, write: bool) -> Tensor | None:
+        """Log p (n,) fp32; with ``write`` the logits (n, V) become the derivative of -log p. None: not for these."""
 
 
-def chunks(n: int, vocabulary: int, in_place: int = 0) -> Iterator[slice]:
-    """Row slices whose fp32 logits take about CHUNK_BYTES; ``in_place``: bytes of a logit where nothing is kept beside the logits."""
+def chunks(n: int, vocabulary: int, kernel: Kernel | None = None, itemsize: int = 4) -> Iterator[slice]:
+    """Row slices whose fp32 logits take about CHUNK_BYTES, or whose logits of ``itemsize`` bytes take the room of a kernel that works on them in place."""
     size = max(CHUNK_ROWS, CHUNK_BYTES // (4 * vocabulary))
-    if in_place:
-        size = max(CHUNK_ROWS, KERNEL_BYTES // (in_place * vocabulary) // ROWS_MULTIPLE * ROWS_MULTIPLE)
+    if kernel is not None:
+        size = max(CHUNK_ROWS, kernel.room // (itemsize * vocabulary) // ROWS_MULTIPLE * ROWS_MULTIPLE)
     return (slice(i, min(i + size, n)) for i in range(0, n, size))
 
 
@@ -72,7 +76,7 @@ class _LinearLogp(torch.autograd.Function):
         logp_N = torch.empty(N, dtype=torch.float32, device=h_ND.device)
         rows_ND = torch.empty_like(h_ND) if wants_h and not wants_w else None
         kept_NV = torch.empty(N, V, dtype=h_ND.dtype, device=h_ND.device) if keep else None
-        for c in chunks(N, V, 0 if kernel is None else h_ND.element_size()):
+        for c in chunks(N, V, kernel, h_ND.element_size()):
             raw = torch.nn.functional.linear(h_ND[c], weight_VD, bias_V)
             if rows_ND is None and kept_NV is None:
                 if kernel is not None and cap is None and (found := kernel(raw, token_N[c], scale, False)) is not None:
@@ -104,7 +108,7 @@ class _LinearLogp(torch.autograd.Function):
         dh_ND = torch.empty_like(h_ND)
         dw_VD = torch.zeros(weight_VD.shape, dtype=torch.float32, device=h_ND.device)
         db_V = torch.zeros(len(weight_VD), dtype=torch.float32, device=h_ND.device) if bias_V is not None else None
-        for c in chunks(len(h_ND), len(weight_VD), 0 if ctx.kernel is None else h_ND.element_size()) if kept_NV is None else [slice(0, len(h_ND))]:
+        for c in chunks(len(h_ND), len(weight_VD), ctx.kernel, h_ND.element_size()) if kept_NV is None else [slice(0, len(h_ND))]:
             if kept_NV is None:
                 raw = torch.nn.functional.linear(h_ND[c], weight_VD, bias_V)
                 miss = _miss(raw, token_N[c], ctx.scale, ctx.cap, ctx.kernel)[1].to(h_ND.dtype)

@@ -10,10 +10,16 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from . import attending, byhand, compiled, feedforward, form, lora, norms
+from . import attending, byhand, compiled, feedforward, form, jitted, lora, norms, varlen
+from .compiled import RowKernels
 from .rows import Miss
 
 log = logging.getLogger("luthier.speed")
+
+
+def kernels(device: str) -> RowKernels | None:
+    """The row kernels for a kind of device, where this machine has them."""
+    return compiled.kernels() if device == "cpu" else jitted.kernels() if device == "cuda" else None
 
 
 def install(policy: Any, settings: Any, device: str | None = None) -> list[str]:
@@ -24,16 +30,17 @@ def install(policy: Any, settings: Any, device: str | None = None) -> list[str]:
     """
     remove(policy)
     device = device or policy.device.type
-    rows = compiled.kernels() if settings.kernels == "auto" and device == "cpu" else None
+    rows = kernels(device) if settings.kernels == "auto" else None
     put = {
         "LoRA of linears": lora.install(policy) if settings.lora == "auto" else 0,
         "feed-forwards": feedforward.install(policy, rows) if settings.mlp == "auto" else 0,
         "norms": norms.install(policy, rows) if rows is not None else 0,
         "attentions": attending.install(policy, rows) if rows is not None else 0,
     }
-    policy.by_hand = byhand.install(policy, rows) if rows is not None else None
+    if settings.kernels == "auto":
+        policy.by_hand = byhand.install(policy, rows) if isinstance(rows, compiled.Kernels) else varlen.install(policy, device)
     policy.kernel = Miss(rows) if rows is not None else None
-    notes = [f"{n} {what}" for what, n in put.items() if n]
+    notes = [f"{n} {what}" for what, n in put.items() if n] + (["attention over packed examples"] if policy.by_hand is not None else [])
     if notes:
         log.info("faster forms: %s", ", ".join(notes))
     return notes

@@ -11,7 +11,7 @@ from .. import attention
 from ..anatomy import is_linear
 from ..core import Segments
 from ..site import Frame, Site, current, using
-from .compiled import Kernels, fits
+from .compiled import RowKernels
 from .form import Form
 from .rows import Rotate
 from .selftest import TOKENS, at_hand, differs
@@ -22,7 +22,7 @@ LINEARS, NORMS = ("q_proj", "k_proj", "v_proj", "o_proj"), ("q_norm", "k_norm")
 class Attending(Form):
     """Stands in for the forward of a self-attention that is built as Llama's is."""
 
-    def __init__(self, module: Any, how: attention.How, run: Kernels):
+    def __init__(self, module: Any, how: attention.How, run: RowKernels):
         super().__init__(module)
         self.how, self.run = how, run
 
@@ -34,7 +34,7 @@ class Attending(Form):
             return None
         cosine, sine = position_embeddings
         shape = (*x_BTD.shape[:-1], -1, m.head_dim)
-        if tuple(cosine.shape) != (*x_BTD.shape[:-1], m.head_dim) or not fits(x_BTD, cosine, sine) or m.config._attn_implementation != attention.NAME:
+        if tuple(cosine.shape) != (*x_BTD.shape[:-1], m.head_dim) or not self.run.fits(x_BTD, cosine, sine) or m.config._attn_implementation != attention.NAME:
             return None
         q, k, v = (getattr(m, n)(x_BTD).view(shape) for n in LINEARS[:3])
         if "q_norm" in m._modules:
@@ -56,7 +56,7 @@ def usual(module: Any) -> bool:
     return all(is_linear(c.base if isinstance(c, Site) else c) for n, c in children.items() if n in LINEARS)
 
 
-def install(policy: Any, run: Kernels) -> int:
+def install(policy: Any, run: RowKernels) -> int:
     """Give every usual self-attention the faster form, where it is found equal. Returns how many."""
     put, tested = 0, {}
     if policy.lm.config._attn_implementation != attention.NAME:

@@ -26,7 +26,7 @@ from ..attention import How, prefix_of
 from ..core import Segments, round_up
 from ..site import Frame, using
 from . import compiled
-from .compiled import NAMES, Kernels, Places, fits
+from .compiled import NAMES, Kernels, Places
 from .selftest import TOKENS, differs
 
 log = logging.getLogger("luthier.speed")
@@ -316,7 +316,7 @@ class ByHand:
         if prefix is not None and window:  # a prefix stands outside of it
             return None
         flat = [x.contiguous().view(B * T, -1, d) for x in (q, k, v)]
-        if not fits(*flat):
+        if not self.run.fits(*flat):
             return None
         if prefix is not None:
             flat[1:] = [torch.cat([x, p.to(x.dtype)]) for x, p in zip(flat[1:], prefix, strict=True)]

@@ -73,8 +73,37 @@ class Places:
 WATCHING: list[Callable[[str, torch.dtype, tuple[Any, ...]], None]] = []  # who counts on meta what a run would compute
 
 
-class Kernels:
+class RowKernels:
+    """What the row kernels of every kind of device share. Called as (name, dtype, what rows.cpp has as arguments)."""
+
+    device: str  # the kind
+    dtypes: tuple[torch.dtype, ...]
+    room: int  # bytes of logits that `miss` is best given at a time
+
+    def run(self, name: str, dtype: torch.dtype, args: tuple[Any, ...]) -> None:
+        """Compute."""
+        raise NotImplementedError
+
+    def __call__(self, name: str, dtype: torch.dtype, *args: Any) -> None:
+        """Run a kernel. On meta nothing is run: whoever counts is told."""
+        if args[0].is_meta:
+            for see in WATCHING:
+                see(name, dtype, args)
+            return
+        self.run(name, dtype, args)
+
+    def fits(self, *tensors: Tensor) -> bool:
+        """Whether kernels take these tensors as they are."""
+        dtype = tensors[0].dtype
+        return dtype in self.dtypes and all(
+            t.device.type in (self.device, "meta") and t.dtype == dtype and t.is_contiguous() and not is_sharded(t) for t in tensors
+        )
+
+
+class Kernels(RowKernels):
     """The kernels of one library. Tensors are contiguous, on the CPU (or on meta, where only their shapes count), of one dtype among float32 and bfloat16."""
+
+    device, dtypes, room = "cpu", tuple(NAMES), 32 << 20  # what stays in cache between the product and the kernel
 
     def __init__(self, library: Any):
         self.functions: dict[tuple[str, torch.dtype], Callable[..., None]] = {}
@@ -93,19 +122,9 @@ class Kernels:
         """A copy of a model has the kernels of this process."""
         return kernels, ()
 
-    def __call__(self, name: str, dtype: torch.dtype, *args: Any) -> None:
-        """Run a kernel on torch's number of threads; tensors are given by where they lie. On meta nothing is run."""
-        if args[0].is_meta:
-            for see in WATCHING:
-                see(name, dtype, args)
-            return
+    def run(self, name: str, dtype: torch.dtype, args: tuple[Any, ...]) -> None:
+        """On torch's number of threads; tensors are given by where they lie."""
         self.functions[name, dtype](*(a.data_ptr() if isinstance(a, Tensor | Places) else a for a in args), torch.get_num_threads())
-
-
-def fits(*tensors: Tensor) -> bool:
-    """Whether kernels take these tensors as they are."""
-    dtype = tensors[0].dtype
-    return dtype in NAMES and all(t.device.type in ("cpu", "meta") and t.dtype == dtype and t.is_contiguous() and not is_sharded(t) for t in tensors)
 
 
 @functools.cache
@@ -116,12 +135,12 @@ def kernels() -> Kernels | None:
         if library is None:
             return None
         found = Kernels(ctypes.CDLL(str(library)))
-        wrong = _wrong(found)
+        failing = wrong(found)
     except (OSError, subprocess.SubprocessError, AttributeError) as e:
         log.info("row kernels are not used: %s", str(e).splitlines()[0] if str(e) else type(e).__name__)
         return None
-    if wrong:
-        log.warning("row kernels are not used: %s gives other numbers than torch on this machine", wrong)
+    if failing:
+        log.warning("row kernels are not used: %s gives other numbers than torch on this machine", failing)
         return None
     return found
 
@@ -170,32 +189,35 @@ def _cpu() -> str:
 # --- tried against torch ------------------------------------------------------------------------------------------------
 
 
-def _wrong(run: Kernels) -> str | None:
+MOST = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # distance from float64 that rounding explains
+
+
+def wrong(run: RowKernels) -> str | None:
     """The first kernel that is further from torch in float64 than rounding explains."""
     g = torch.Generator().manual_seed(0)
-    for dtype, most in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
-        for name, (got, wanted) in _tried(run, dtype, g).items():
-            if not all(bool(((a.double() - b).abs() <= most * (1 + b.abs())).all()) for a, b in zip(got, wanted, strict=True)):
-                return f"{name} ({NAMES[dtype]})"
+    for dtype in run.dtypes:
+        for name, (got, wanted) in tried(run, dtype, g).items():
+            if not all(bool(((a.double() - b).abs() <= MOST[dtype] * (1 + b.abs())).all()) for a, b in zip(got, wanted, strict=True)):
+                return f"{name} ({str(dtype).removeprefix('torch.')})"
     return None
 
 
-def _tried(run: Kernels, dtype: torch.dtype, g: torch.Generator) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
-    """What each kernel gives, and what it should, in float64."""
-    n, d = 5, 38  # no multiple of a vector's width
-    x, up, grad, w = (torch.randn(s, d, generator=g).mul(2).to(dtype) for s in (n, n, n, 1))
+def tried(run: RowKernels, dtype: torch.dtype, g: torch.Generator, n: int = 5, d: int = 38) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
+    """What each kernel gives for n rows of d numbers (no multiple of a vector's width), and what it should, in float64."""
+    at = torch.device(run.device)
+    x, up, grad, w = (torch.randn(s, d, generator=g).mul(2).to(at, dtype) for s in (n, n, n, 1))
     exact = [t.double().requires_grad_() for t in (x, up)]
     out = {}
-    token = torch.tensor([3, 0, 37, 5, 5])
-    logits, logp = x.clone(), torch.empty(n)
+    token = torch.randint(d, (n,), generator=g).to(at)
+    logits, logp = x.clone(), torch.empty(n, device=at)
     run("miss", dtype, logits, token, logp, n, d, 0.5, 1)
     logp_nV = (0.5 * exact[0]).log_softmax(-1)
     out["miss"] = ([logp, logits], [(own := logp_nV.gather(1, token[:, None])[:, 0]), torch.autograd.grad(-own.sum(), exact[0])[0]])
     for plus_one in (0, 1):
-        y, dx, inverse = torch.empty_like(x), torch.empty_like(x), torch.empty(n)
+        y, dx, inverse = torch.empty_like(x), torch.empty_like(x), torch.empty(n, device=at)
         run("rms", dtype, x, w, y, inverse, n, d, 1e-5, plus_one)
         run("rms_back", dtype, grad, x, w, inverse, dx, n, d, plus_one)
-        dw = torch.empty(d)
+        dw = torch.empty(d, device=at)
         run("rms_weight", dtype, grad, x, inverse, dw, n, d, plus_one)
         weight = w.double().requires_grad_()
         z = (weight + plus_one) * exact[0] / (exact[0].square().mean(-1, keepdim=True) + 1e-5).sqrt()
@@ -205,7 +227,7 @@ def _tried(run: Kernels, dtype: torch.dtype, g: torch.Generator) -> dict[str, tu
     run("swiglu_back", dtype, grad, x, up, dgate, dup, again, n * d)
     z = torch.nn.functional.silu(exact[0]) * exact[1]
     out["swiglu"] = ([h, again, dgate, dup], [z, z, *torch.autograd.grad(z, exact, grad.double())])
-    heads, e = 2, d // 2 - 1  # an even width
+    heads, e = 2, d // 4 * 2  # an even width
     q, cosine, sine = (t[:, :k].contiguous() for t, k in ((x, heads * e), (up, e), (grad, e)))
     turned, back = torch.empty_like(q), torch.empty_like(q)
     run("rotate", dtype, q, cosine, sine, turned, n, heads, e, 1.0)
@@ -213,7 +235,8 @@ def _tried(run: Kernels, dtype: torch.dtype, g: torch.Generator) -> dict[str, tu
     leaf = q.double().view(n, heads, e).requires_grad_()
     z = leaf * cosine.double()[:, None] + torch.cat([-leaf[..., e // 2 :], leaf[..., : e // 2]], -1) * sine.double()[:, None]
     out["rotate"] = ([turned, back], [z.flatten(1), torch.autograd.grad(z, leaf, turned.double().view(n, heads, e))[0].flatten(1)])
-    out |= _attention_tried(run, x, grad)
+    if isinstance(run, Kernels):
+        out |= _attention_tried(run, x, grad)
     return out
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..anatomy import features
 from ..site import Frame, Site, current, using
-from .compiled import Kernels, fits
+from .compiled import RowKernels
 from .form import Form
 from .linears import Frozen, Group, Term, factors, scales
 from .lora import PLAIN, term_of
@@ -26,7 +26,7 @@ PARTS = ("gate_proj", "up_proj", "down_proj")
 
 class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, linears: tuple[Frozen, ...], scales: tuple[float, ...], run: Kernels | None, *factors: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, linears: tuple[Frozen, ...], scales: tuple[float, ...], run: RowKernels | None, *factors: Tensor | None) -> Tensor:
         x_Tk = x.reshape(-1, x.shape[-1])
         ranks = [None if a is None else len(a) for a in factors[::2]]
         inner, outer = Group(linears[:2], scales[:2], ranks[:2]), Group(linears[2:], scales[2:], ranks[2:])
@@ -60,7 +60,7 @@ class _Gated(torch.autograd.Function):
 class Gated(Form):
     """Stands in for a feed-forward's forward. Where one of its linears cannot be fused now: its own."""
 
-    def __init__(self, module: Any, run: Kernels | None):
+    def __init__(self, module: Any, run: RowKernels | None):
         super().__init__(module)
         self.run = run
         parts = [getattr(module, n) for n in PARTS]
@@ -83,7 +83,7 @@ class Gated(Form):
         if run is None:
             return None
         gate, up = m.gate_proj(x), m.up_proj(x)
-        return m.down_proj(Swiglu.apply(gate, up, run) if fits(gate, up) else m.act_fn(gate) * up)  # type: ignore[no-any-return]
+        return m.down_proj(Swiglu.apply(gate, up, run) if run.fits(gate, up) else m.act_fn(gate) * up)  # type: ignore[no-any-return]
 
 
 def usual(module: nn.Module) -> bool:
@@ -94,7 +94,7 @@ def usual(module: nn.Module) -> bool:
     return all(Frozen.reads(c.base if isinstance(c, Site) else c) for n, c in children.items() if n in PARTS)
 
 
-def install(policy: Any, run: Kernels | None) -> int:
+def install(policy: Any, run: RowKernels | None) -> int:
     """Give every usual feed-forward the fused form, where it is found equal. Returns how many."""
     put, tested = 0, {}
     for module in list(policy.lm.modules()):

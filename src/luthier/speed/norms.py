@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .compiled import Kernels, fits
+from .compiled import RowKernels
 from .form import Form
 from .rows import Rms
 from .selftest import at_hand, differs
@@ -16,13 +16,13 @@ from .selftest import at_hand, differs
 class Normed(Form):
     """Stands in for a norm's forward. A stand-in for its weight, tensors that the kernel does not take: the norm's own."""
 
-    def __init__(self, module: nn.Module, plus_one: bool, run: Kernels):
+    def __init__(self, module: nn.Module, plus_one: bool, run: RowKernels):
         super().__init__(module)
         self.plus_one, self.run = plus_one, run
 
     def faster(self, x: Tensor) -> Tensor | None:
         weight: Any = self.module._parameters["weight"]
-        if type(self.module) is not self.kind or not fits(x, weight):
+        if type(self.module) is not self.kind or not self.run.fits(x, weight):
             return None
         return Rms.apply(x, weight, epsilon(self.module), self.plus_one, self.run)  # type: ignore[no-any-return]
 
@@ -40,7 +40,7 @@ def found(lm: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
-def install(policy: Any, run: Kernels) -> int:
+def install(policy: Any, run: RowKernels) -> int:
     """Give every RMSNorm that is found equal the kernel. Returns how many."""
     put, tested = 0, {}
     for module in found(policy.lm):
@@ -56,6 +56,12 @@ def install(policy: Any, run: Kernels) -> int:
 def _equals(module: nn.Module, weight: Tensor, form: Normed) -> bool:
     if weight.is_meta:
         return form.plus_one == ("Gemma" in type(module).__name__)  # memory is the same either way
+
+    def faster(x: Tensor) -> list[Tensor]:
+        if (y := form.faster(x)) is None:
+            raise RuntimeError("the faster form declines")
+        return [y]
+
     with at_hand([module]):
         weight = module._parameters["weight"]  # type: ignore[assignment]
-        return not differs(lambda x: [module(x)], lambda x: [form(x)], [module] if weight.requires_grad else [], len(weight), weight.dtype, weight.device)
+        return not differs(lambda x: [module(x)], faster, [module] if weight.requires_grad else [], len(weight), weight.dtype, weight.device)

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .compiled import Kernels, fits
+from .compiled import RowKernels
 
 
 class Rms(torch.autograd.Function):
     """w * x / rms(x) over the last axis, or (1 + w) * x / rms(x). Keeps x and one number a row."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_d: Tensor, eps: float, plus_one: bool, run: Kernels) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight_d: Tensor, eps: float, plus_one: bool, run: RowKernels) -> Tensor:
         d = x.shape[-1]
         y, inverse = torch.empty_like(x), torch.empty(x.numel() // d, dtype=torch.float32, device=x.device)
         run("rms", x.dtype, x, weight_d, y, inverse, len(inverse), d, eps, int(plus_one))
@@ -44,7 +44,7 @@ class Rotate(torch.autograd.Function):
     """Rotary positions: x (..., H, d) with cos and sin (..., d). Keeps nothing but these."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor, run: Kernels) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor, run: RowKernels) -> Tensor:
         ctx.save_for_backward(cosine, sine)
         ctx.run = run
         return _turned(x, cosine, sine, 1.0, run)
@@ -55,24 +55,24 @@ class Rotate(torch.autograd.Function):
         return _turned(grads[0].contiguous(), cosine, sine, -1.0, ctx.run), None, None, None
 
 
-def _turned(x: Tensor, cosine: Tensor, sine: Tensor, sign: float, run: Kernels) -> Tensor:
+def _turned(x: Tensor, cosine: Tensor, sine: Tensor, sign: float, run: RowKernels) -> Tensor:
     y, (heads, d) = torch.empty_like(x), x.shape[-2:]
     run("rotate", x.dtype, x, cosine, sine, y, x.numel() // (heads * d), heads, d, sign)
     return y
 
 
-def swiglu(gate: Tensor, up: Tensor, run: Kernels | None) -> Tensor:
+def swiglu(gate: Tensor, up: Tensor, run: RowKernels | None) -> Tensor:
     """silu(gate) * up; outside of autograd."""
-    if run is not None and fits(gate, up):
+    if run is not None and run.fits(gate, up):
         h = torch.empty_like(gate)
         run("swiglu", gate.dtype, gate, up, h, gate.numel())
         return h
     return torch.nn.functional.silu(gate).mul_(up)
 
 
-def swiglu_back(dh: Tensor, gate: Tensor, up: Tensor, run: Kernels | None) -> tuple[Tensor, Tensor, Tensor]:
+def swiglu_back(dh: Tensor, gate: Tensor, up: Tensor, run: RowKernels | None) -> tuple[Tensor, Tensor, Tensor]:
     """From the gradient of h = silu(gate) * up: those of gate and of up, and h again."""
-    if run is not None and fits(dh, gate, up):
+    if run is not None and run.fits(dh, gate, up):
         dgate, dup, h = (torch.empty_like(gate) for _ in range(3))
         run("swiglu_back", gate.dtype, dh, gate, up, dgate, dup, h, gate.numel())
         return dgate, dup, h
@@ -86,7 +86,7 @@ class Swiglu(torch.autograd.Function):
     """silu(gate) * up. Keeps these two and nothing else."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, run: Kernels) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, run: RowKernels) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.run = run
         return swiglu(gate, up, run)
@@ -101,11 +101,11 @@ class Swiglu(torch.autograd.Function):
 class Miss:
     """The softmax of the log-probability head (nn/logprob.py) in place: each logit is read from the chunk that its product left in cache, and written once."""
 
-    def __init__(self, run: Kernels):
-        self.run = run
+    def __init__(self, run: RowKernels):
+        self.run, self.room = run, run.room
 
     def __call__(self, raw: Tensor, token_n: Tensor, scale: float, write: bool) -> Tensor | None:
-        if not fits(raw) or not token_n.is_contiguous():
+        if not self.run.fits(raw) or not token_n.is_contiguous():
             return None
         logp = torch.empty(len(raw), dtype=torch.float32, device=raw.device)
         self.run("miss", raw.dtype, raw, token_n, logp, len(raw), raw.shape[1], scale, int(write))
