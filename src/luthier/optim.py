@@ -184,7 +184,6 @@ class Optimizer:
 
     def scale_grads(self, by: float) -> None:
         """Multiply all gradients; where one fused call moves everything, as it reads them."""
-        self._clear()
         if self.adam is not None and self.adam8 is None and self.adam.defaults["fused"]:
             self._divisor /= by
             return
@@ -200,7 +199,7 @@ class Optimizer:
         self._clear()
         still = {k: t.clone() for k, t in self._resting().items()}
         if self.adam is not None:
-            divisor = None if self._divisor == 1.0 else torch.tensor(self._divisor, device=self.groups[0].grad.device)
+            divisor = None if self._divisor == 1.0 else torch.full((), self._divisor, device=self.groups[0].grad.device)
             self.adam.grad_scale = divisor  # type: ignore[attr-defined]  # torch's name for what its fused kernel divides gradients by
             self.adam.step()
         if self.adam8 is not None:
@@ -240,13 +239,12 @@ class Optimizer:
         self.fresh.clear()
         self._divisor = 1.0
         for g in self.groups:
-            kept = [n for n, p in zip(g.names, g.params, strict=True) if p.dtype == torch.float32 or g.cut]
-            if len(kept) == len(g.names):
+            put = {n for n, p in zip(g.names, g.params, strict=True) if p.dtype != torch.float32 and not g.cut}
+            self._void |= put
+            if not put:
                 g.grad.zero_()
-                continue
-            self._void |= set(g.names) - set(kept)
-            for name, s in zip(g.names, g.slices, strict=True) if kept else ():
-                if name in kept:
+            for name, s in zip(g.names, g.slices, strict=True) if put else ():
+                if name not in put:
                     g.grad[s].zero_()
 
     @property

@@ -279,7 +279,7 @@ class Speed:
     lora: Literal["auto", "off"] = "auto"
     """LoRA fused with the products of its linears: query, key, value together, gate and up together, and the others one by one."""
     mlp: Literal["auto", "off"] = "auto"
-    """SwiGLU feed-forwards with LoRA as one step that keeps less for the backward."""
+    """SwiGLU feed-forwards as one step that keeps less for the backward; where their weights train, the activation alone."""
     kernels: Literal["auto", "off"] = "auto"
     """Row kernels: RMSNorm, SwiGLU, rotary positions, cross-entropy. On the CPU compiled once on a machine, in a second, where it has a C++ compiler; on CUDA
     by triton. And attention over packed examples: by hand on the CPU, in one call of torch's flash kernel on CUDA."""

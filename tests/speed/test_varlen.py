@@ -16,7 +16,7 @@ from luthier.methods.prefix import Method as Prefix
 from luthier.pace import Machine, Ops, _name, part_of
 from luthier.roofline import Work
 from luthier.site import Frame, using
-from luthier.speed import compiled, varlen
+from luthier.speed import compiled, selftest, varlen
 from luthier.speed.varlen import Varlen, plan
 from speed_forms import OFF, apart, batch_for, gradients, only, policy_on
 from test_sharing import answers
@@ -43,7 +43,7 @@ def standin(monkeypatch):
 
 def used(seen):
     """Without the calls of the comparison at load."""
-    return [s for s in seen if s[0] != 24 - varlen.PREFIX]
+    return [s for s in seen if s[0] != selftest.TOKENS - selftest.PREFIX]
 
 
 def shared():

@@ -15,19 +15,20 @@ from __future__ import annotations
 
 import functools
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import attention
 from ..attention import How, prefix_of
 from ..core import Segments, round_up
-from ..site import Frame, using
+from ..site import Frame
 from . import compiled
 from .compiled import NAMES, Kernels, Places
-from .selftest import TOKENS, differs
+from .selftest import attends
 
 log = logging.getLogger("luthier.speed")
 
@@ -128,19 +129,16 @@ class Table:
 
 
 def table(segments: Segments, shape: tuple[int, int], prefix: int, causal: bool) -> Table:
-    """The same pieces as `layout`'s."""
-    total, at = shape[0] * shape[1], 0
-    rows, places, bounds, heads = [], [], [0], []
-    parents = range(len(segments)) if segments.parent is None else [s if p < 0 else p for s, p in enumerate(segments.parent.tolist())]
-    root = list(parents)
-    for piece in sorted(_cut(segments, total, shape[1], prefix, causal), key=lambda p: 0 if prefix else root[p.example]):
-        rows.append([int(piece.query[0]), len(piece.query), at, len(piece.key), piece.own])
-        places.append(piece.key)
-        at += len(piece.key)
-        heads.append(0 if prefix else root[piece.example])
-        if len(heads) > 1 and heads[-1] != heads[-2]:
-            bounds.append(len(heads) - 1)
-    return Table(Places(torch.tensor(rows)), len(rows), Places(torch.tensor([*bounds, len(rows)])), len(bounds), Places(torch.cat(places)))
+    """The same pieces as `layout`'s; those that share keys one after another."""
+    root = list(range(len(segments))) if segments.parent is None else [s if p < 0 else p for s, p in enumerate(segments.parent.tolist())]
+    families: dict[int, list[_Piece]] = {}
+    for piece in _cut(segments, shape[0] * shape[1], shape[1], prefix, causal):
+        families.setdefault(0 if prefix else root[piece.example], []).append(piece)  # a prefix is everyone's
+    pieces = [p for family in families.values() for p in family]
+    begins = [0, *accumulate(len(p.key) for p in pieces)]
+    rows = [[int(p.query[0]), len(p.query), at, len(p.key), p.own] for p, at in zip(pieces, begins, strict=False)]
+    ends = torch.tensor([0, *accumulate(len(family) for family in families.values())])
+    return Table(Places(torch.tensor(rows)), len(rows), Places(ends), len(families), Places(torch.cat([p.key for p in pieces])))
 
 
 def _size(n: int) -> int:
@@ -228,22 +226,9 @@ class Whole(torch.autograd.Function):
         where, how, run = ctx.how
         dq = torch.zeros_like(q)
         dk, dv = (torch.zeros_like(k, dtype=torch.float32) for _ in range(2))
-        run(
-            "attention_back",
-            q.dtype,
-            q,
-            k,
-            v,
-            grads[0].contiguous(),
-            dq,
-            dk,
-            dv,
-            where.pieces,
-            where.families,
-            where.together,
-            where.places,
-            *_shape(q, k, how),
-        )
+        gradients = grads[0].contiguous(), dq, dk, dv
+        pieces = where.pieces, where.families, where.together, where.places
+        run("attention_back", q.dtype, q, k, v, *gradients, *pieces, *_shape(q, k, how))
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
 
 
@@ -307,7 +292,9 @@ class ByHand:
             return None
         if isinstance(frame.route, tuple) and frame.prefixes:  # each example its own
             return None
-        longest = int((segments.length + segments.before()).max())
+        if "longest" not in frame.plans:
+            frame.plans["longest"] = int((segments.length + segments.before()).max())
+        longest = frame.plans["longest"]
         whole = self.whole and q.dtype == torch.bfloat16 and d % 32 == 0 and not how.dropout
         if q.dtype not in MOST or longest > (MOST_WHOLE if whole else MOST[q.dtype]):
             return None
@@ -342,25 +329,6 @@ def install(policy: Any, run: Kernels) -> ByHand | None:
 
 @functools.cache
 def equals(dtype: torch.dtype, whole: bool) -> bool:
-    """Whether outputs and gradients are attention.attend's, causal and both ways, with a prefix, a window, and an example that goes on from another."""
+    """Whether it gives what attention.attend gives, for heads that go in one pass, too."""
     run = compiled.kernels()
-    assert run is not None
-    heads, key_heads, d, first = 4, 2, 32, 11
-    g = torch.Generator().manual_seed(1)
-    prefix = tuple(torch.randn(3, key_heads, d, generator=g).to(dtype) for _ in range(2))
-    mixing = [torch.randn(TOKENS, d, h * d, generator=g).mul(d**-0.5).to(dtype) for h in (heads, key_heads, key_heads)]
-    two = Segments(torch.tensor([0, 0]), torch.tensor([0, first]), torch.tensor([first, TOKENS - first]))
-    for causal, window, before, parent in ((True, None, None, None), (False, None, None, None), (True, 4, None, True), (True, None, prefix, True)):
-        module = nn.Module()
-        module.is_causal = causal  # type: ignore[assignment]
-        segments = replace(two, parent=torch.tensor([-1, 0])) if parent else two
-        prefixes = {"a": {module: before}} if before else {}
-
-        def form(x: Tensor, by_hand: Any, module: Any = module, segments: Any = segments, prefixes: Any = prefixes, window: Any = window) -> list[Tensor]:
-            q, k, v = (torch.bmm(x[0, :, None], m).view(1, TOKENS, -1, d).transpose(1, 2) for m in mixing)
-            with using(Frame("a", segments, prefixes=prefixes, by_hand=by_hand)):
-                return [attention.attend(module, q, k, v, None, sliding_window=window)[0]]
-
-        if differs(lambda x, f=form: f(x, None), lambda x, f=form: f(x, ByHand(run, whole)), [], d, dtype, torch.device("cpu")):  # type: ignore[misc]
-            return False
-    return True
+    return run is not None and attends(ByHand(run, whole), 4, 2, 32, dtype, torch.device("cpu"))

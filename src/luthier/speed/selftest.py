@@ -9,9 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import attention
+from ..attention import How
+from ..core import Segments
 from ..shards import gathered
+from ..site import Frame, using
 
 TOKENS = 24
+PREFIX = 4  # of these, where attention is compared: keys and values that stand before the others
 TOLERANCE, HALF_TOLERANCE = 1e-4, 4e-2  # largest difference relative to the largest value, float32 and 16 bits
 
 Form = Callable[[Tensor], Sequence[Tensor]]
@@ -86,3 +91,39 @@ def at_hand(modules: Iterable[nn.Module]) -> Iterator[None]:
         for module in {id(m): m for outer in modules for m in outer.modules()}.values():
             stack.enter_context(gathered(module))
         yield
+
+
+def attends(by_hand: Any, heads: int, key_heads: int, d: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether attention over packed examples gives with ``by_hand`` what attention.attend gives without: causal, both ways, in windows, with shared beginnings,
+    with prefixes. What it declines is not given."""
+
+    def asked(*given: Any) -> Tensor:
+        if (y := by_hand(*given)) is None:
+            raise RuntimeError("the faster form declines")
+        return y  # type: ignore[no-any-return]
+
+    def form(served: Any) -> Form:
+        def run(x: Tensor) -> list[Tensor]:
+            parts = x.view(1, TOKENS, -1, d).split([heads, key_heads, key_heads], 2)
+            q, k, v = (t[:, :-PREFIX].transpose(1, 2) for t in parts)
+            module, out = nn.Module(), []
+            for segments, how, prefixed in _cases():
+                module.is_causal = how.causal  # type: ignore[assignment]
+                prefix = {"a": {module: (parts[1][0, -PREFIX:], parts[2][0, -PREFIX:])}} if prefixed else {}
+                with using(Frame("a", segments, prefixes=prefix, by_hand=served)):
+                    y = attention.attend(module, q, k, v, None, scaling=how.scaling, sliding_window=how.window)[0]
+                out.append(y[segments.example((1, TOKENS - PREFIX)).to(y.device) >= 0])
+            return out
+
+        return run
+
+    return not differs(form(None), form(asked), [], (heads + 2 * key_heads) * d, dtype, device)
+
+
+def _cases() -> list[tuple[Segments, How, bool]]:
+    """Two examples and padding; a beginning with two that go on from it: what is asked of them, and whether a prefix is before them."""
+    apart = Segments(torch.tensor([0, 0]), torch.tensor([0, 7]), torch.tensor([7, 9]))
+    shared = Segments(torch.tensor([0, 0, 0]), torch.tensor([0, 7, 13]), torch.tensor([7, 6, 5]), parent=torch.tensor([-1, 0, 0]))
+    ways = [(apart, None, True), (apart, 3, True), (apart, None, False), (apart, 3, False), (shared, None, True), (shared, 5, True)]
+    out = [(s, How(0.0, 0.3, window, None, causal), False) for s, window, causal in ways]
+    return out + [(s, How(0.0, 0.3, None, None, causal), True) for s, window, causal in ways if window is None]

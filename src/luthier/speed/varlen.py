@@ -20,15 +20,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import attention
 from ..across import flash
 from ..anatomy import attentions
 from ..attention import KV, How
 from ..core import Segments
-from ..site import Frame, using
-from .selftest import TOKENS, differs
+from ..site import Frame
+from .selftest import attends
 
 log = logging.getLogger("luthier.speed")
 
@@ -188,37 +188,6 @@ def found(lm: Any, kernel: Callable[..., Any], device: torch.device) -> Varlen |
 
 
 def equals(shape: Shape, kernel: Callable[..., Any], device: torch.device) -> bool:
-    """Whether the kernel gives what attention.attend gives for heads of this shape: packed, windows, both ways, shared beginnings, prefixes."""
+    """Whether the kernel gives what attention.attend gives for heads of this shape."""
     heads, key_heads, d, dtype = shape
-
-    def form(by_hand: Any) -> Callable[[Tensor], list[Tensor]]:
-        def run(x: Tensor) -> list[Tensor]:
-            parts = x.view(1, TOKENS, -1, d).split([heads, key_heads, key_heads], 2)
-            q, k, v = (t[:, :-PREFIX].transpose(1, 2) for t in parts)
-            module, out = nn.Module(), []
-            for segments, how, prefixed in _cases():
-                module.is_causal = how.causal  # type: ignore[assignment]
-                prefix = {"a": {module: (parts[1][0, -PREFIX:], parts[2][0, -PREFIX:])}} if prefixed else {}
-                frame = Frame("a", segments, prefixes=prefix, by_hand=by_hand)
-                with using(frame):
-                    y = attention.attend(module, q, k, v, None, scaling=how.scaling, sliding_window=how.window)[0]
-                if by_hand is not None and not any(isinstance(p, Plan) for p in frame.plans.values()):
-                    raise RuntimeError("the faster form declines")
-                out.append(y[segments.example((1, TOKENS - PREFIX)).to(y.device) >= 0])
-            return out
-
-        return run
-
-    return not differs(form(None), form(Varlen(frozenset([shape]), kernel)), [], (heads + 2 * key_heads) * d, dtype, device)
-
-
-PREFIX = 4  # of the positions of the comparison
-
-
-def _cases() -> list[tuple[Segments, How, bool]]:
-    """Two examples and padding; a beginning with two that go on from it: what is asked of them, and whether a prefix is before them."""
-    apart = Segments(torch.tensor([0, 0]), torch.tensor([0, 7]), torch.tensor([7, 9]))
-    shared = Segments(torch.tensor([0, 0, 0]), torch.tensor([0, 7, 13]), torch.tensor([7, 6, 5]), parent=torch.tensor([-1, 0, 0]))
-    ways = [(apart, None, True), (apart, 3, True), (apart, None, False), (apart, 3, False), (shared, None, True), (shared, 5, True)]
-    out = [(s, How(0.0, 0.3, window, None, causal), False) for s, window, causal in ways]
-    return out + [(s, How(0.0, 0.3, None, None, causal), True) for s, window, causal in ways if window is None]
+    return attends(Varlen(frozenset([shape]), kernel), heads, key_heads, d, dtype, device)
