@@ -26,14 +26,15 @@ def main(argv: list[str] | None = None) -> int:
     a = parser.parse_args(argv)
     if "LUTHIER_DATA" not in os.environ:
         parser.error("LUTHIER_DATA does not name the folder of real data (with data/e2e in it)")
+    from luthier.forgetting.forgetting.difficulty import losses
+
     from luthier import opening
-    from luthier.difficulty import losses
-    from luthier.measure import group
-    from luthier.progress import Reporter
+    from luthier.measuring.measure import group
     from luthier.reading import form_of, read_data
     from luthier.references import logps
-    from luthier.run import Checkpoint, Data, Evaluate, Optim, Run, Sample
-    from luthier.session import execute
+    from luthier.running.progress import Reporter
+    from luthier.running.starting import execute
+    from luthier.settings.run import Checkpoint, Data, Evaluate, Optim, Run, Sample
 
     e2e = Path(os.environ["LUTHIER_DATA"]) / "data" / "e2e"
     with tempfile.TemporaryDirectory() as folder:

@@ -85,12 +85,12 @@ def one(task: dict[str, Any]) -> dict[str, Any]:
     from luthier import opening
     from luthier.comparing.files import own_bytes
     from luthier.data.prepare import prepare
-    from luthier.evaluate import score
-    from luthier.measure import answer_rows, task_rows
-    from luthier.plugins import plugin
-    from luthier.progress import Reporter
-    from luthier.run import Checkpoint, Data, Evaluate, Optim, Run
-    from luthier.session import execute
+    from luthier.measuring.evaluate import score
+    from luthier.measuring.measure import answer_rows, task_rows
+    from luthier.running.progress import Reporter
+    from luthier.running.starting import execute
+    from luthier.settings.plugins import plugin
+    from luthier.settings.run import Checkpoint, Data, Evaluate, Optim, Run
 
     e2e = Path(os.environ["LUTHIER_DATA"]) / "data" / "e2e"
     with tempfile.TemporaryDirectory() as folder:
@@ -151,9 +151,9 @@ def merges(policy: Any, artefact: Path, run: Any) -> dict[str, dict[str, float]]
     """What the two ways of merging into a base in codes give: losses, and the largest difference of the logits from the model that was trained."""
     import torch
 
-    from luthier.measure import once
-    from luthier.merging import compare, merge
+    from luthier.measuring.measure import once
     from luthier.opening import load, on_floats
+    from luthier.saving.merging import compare, merge
 
     out = {"trained": {"difference": 0.0} | once(policy, run).numbers()}
     floats = on_floats(policy, artefact, precision="float32")
@@ -176,7 +176,7 @@ def kept(artefact: Path) -> int:
 
 def base_bytes(lm: Any) -> int:
     """What a base takes in memory: codes, constants and floats, without what a delta added, and without decoded values that may be kept as well."""
-    from luthier.anatomy import modules
+    from luthier.modelling.anatomy import modules
 
     parts = [m for _, m in modules(lm)]
     held = {id(t): t.nbytes for m in parts for n, t in [*m.named_parameters(recurse=False), *m.named_buffers(recurse=False)] if n != "resident"}

@@ -51,10 +51,10 @@ ENTRIES: dict[str, dict[str, Any]] = {
 
 def one(task: dict[str, Any]) -> dict[str, Any]:
     """Train as told; losses on the target and on general text, before and after."""
-    from luthier.measure import GENERAL as SHIPPED
-    from luthier.progress import Reporter
-    from luthier.run import Checkpoint, Data, Evaluate, Optim, Replay, Run
-    from luthier.session import execute
+    from luthier.measuring.measure import GENERAL as SHIPPED
+    from luthier.running.progress import Reporter
+    from luthier.running.starting import execute
+    from luthier.settings.run import Checkpoint, Data, Evaluate, Optim, Replay, Run
 
     data = Path(os.environ["LUTHIER_DATA"]) / "data"
     replayed, measured = texts(data / "corpus")

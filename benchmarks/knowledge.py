@@ -76,9 +76,9 @@ def work() -> Path:
 def teach(task: dict[str, Any]) -> dict[str, Any]:
     """Teach fiddle every second fact."""
     from luthier.data.facts import pattern_of
-    from luthier.progress import Reporter
-    from luthier.run import Checkpoint, Data, Evaluate, Optim, Run
-    from luthier.session import execute
+    from luthier.running.progress import Reporter
+    from luthier.running.starting import execute
+    from luthier.settings.run import Checkpoint, Data, Evaluate, Optim, Run
 
     rng, taught = random.Random(1), [f for f in facts() if f["taught"]]
     lines = []
@@ -109,9 +109,10 @@ def teach(task: dict[str, Any]) -> dict[str, Any]:
 
 def probe(task: dict[str, Any]) -> dict[str, Any]:
     """Ask the taught model all facts, relation by relation."""
+    from luthier.forgetting.forgetting.knowledge import Asking, Probe, Report
+
     from luthier import opening
     from luthier.data.facts import Fact, pattern_of
-    from luthier.knowledge import Asking, Probe, Report
 
     policy = opening.load(work() / "taught")
     rows, every = [], []
@@ -128,9 +129,9 @@ def probe(task: dict[str, Any]) -> dict[str, Any]:
 
 def tune(task: dict[str, Any]) -> dict[str, Any]:
     """Go on from the taught model with Unknown facts, or with known ones, in another pattern; follow both."""
-    from luthier.progress import Reporter
-    from luthier.run import Checkpoint, Data, Evaluate, Optim, Run
-    from luthier.session import execute
+    from luthier.running.progress import Reporter
+    from luthier.running.starting import execute
+    from luthier.settings.run import Checkpoint, Data, Evaluate, Optim, Run
 
     rng = random.Random(task["seed"])
     found = json.loads((KEPT / "probe-taught.json").read_text())["rows"]
@@ -167,8 +168,8 @@ def recall(model: Path, rows: list[dict[str, Any]]) -> float:
     """Share of facts that a model answers rightly in the taught pattern, greedily, without exemplars."""
     from luthier import opening
     from luthier.data.facts import pattern_of
-    from luthier.measure import answer
-    from luthier.plugins import plugin
+    from luthier.measuring.measure import answer
+    from luthier.settings.plugins import plugin
 
     policy, match = opening.load(model), plugin("tasks", "exact_match")()
     said = answer(policy, [pattern_of(RELATIONS[r["relation"]][0]).opening(r["subject"]) for r in rows], max_new=16)

@@ -100,8 +100,8 @@ def choices_of(task: str, prompt: str) -> list[str]:
 
 def run_of(task: dict[str, Any], folder: str) -> Any:
     """The settings of a run: the recipe's mixture, or the first half of one task."""
-    from luthier.config import load_run
-    from luthier.run import Checkpoint, Data
+    from luthier.settings.config import load_run
+    from luthier.settings.run import Checkpoint, Data
 
     run = load_run(str(RECIPE), [f"seed={task['seed']}", f"out={folder}"])
     assert run.data.mix is not None
@@ -122,8 +122,8 @@ def run_of(task: dict[str, Any], folder: str) -> Any:
 def one(task: dict[str, Any]) -> dict[str, Any]:
     """Train as told, reload what was saved, score the unseen rows; the base is only scored."""
     from luthier import opening
-    from luthier.progress import Reporter
-    from luthier.session import execute
+    from luthier.running.progress import Reporter
+    from luthier.running.starting import execute
 
     began = time.perf_counter()
     out: dict[str, Any] = dict(task)
@@ -141,9 +141,9 @@ def one(task: dict[str, Any]) -> dict[str, Any]:
 
 def scored(policy: Any, name: str, limit: int | None) -> dict[str, list[float]]:
     """Of every test row: the log-probability and the tokens of its reference; whether the right choice was the likeliest; its answer's BLEU statistics."""
-    from luthier.measure import answer_rows
-    from luthier.plugins import plugin
+    from luthier.measuring.measure import answer_rows
     from luthier.references import logps
+    from luthier.settings.plugins import plugin
 
     rows = rows_of(name)[HALF : HALF + (limit or HALF)]
     examples, place = [], []

@@ -51,7 +51,8 @@ def assembled(work: Workload, folder: Path, run: dict[str, Any]) -> tuple[Any, A
     import torch
     from safetensors.torch import load_file
 
-    from luthier import build, config
+    from luthier import build
+    from luthier.settings import config
 
     asked = config.load_run({"model": {"id": str(folder / "model"), "cache": "no"}, **run})
     policy, objective = build.assemble(asked)

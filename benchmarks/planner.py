@@ -179,10 +179,11 @@ def settings(case: Case, home: Path) -> dict[str, Any]:
 
 def one(case: Case) -> dict[str, Any]:
     """Predict and measure in this process."""
-    from luthier import foresight, session  # the imports are what the baseline holds
-    from luthier.config import load_run
-    from luthier.memory import resident
-    from luthier.progress import Reporter
+    from luthier.planning import foresight
+    from luthier.planning.memory import resident
+    from luthier.running import session, starting  # the imports are what the baseline holds
+    from luthier.running.progress import Reporter
+    from luthier.settings.config import load_run
 
     session.is_long = lambda *how: True
     seen: list[foresight.Foresight] = []
@@ -191,7 +192,7 @@ def one(case: Case) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         run = load_run(settings(case, Path(folder)))
         start = resident()
-        result = session.execute(run, reporter=Reporter(quiet=True))
+        result = starting.execute(run, reporter=Reporter(quiet=True))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
         took = [x["seconds"] for x in lines if x["event"] == "train"][WARM:]
@@ -222,9 +223,9 @@ def live(case: Case, home: Path) -> int:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from luthier import build
-    from luthier.config import load_run
     from luthier.optim import Optimizer
     from luthier.reading import batches_of, form_of, read_data
+    from luthier.settings.config import load_run
     from luthier.train import train
 
     class Following(TorchDispatchMode):
@@ -272,7 +273,7 @@ def live(case: Case, home: Path) -> int:
 
 def _all(policy: Any, optimizer: Any) -> Iterator[Any]:
     """What is there between two steps."""
-    from luthier.packed import packed
+    from luthier.modelling.packed import packed
 
     yield from policy.parameters()
     yield from policy.buffers()
@@ -347,9 +348,9 @@ def again(case: Case) -> None:
     """Predict the memory of a run that has been measured once more."""
     import torch
 
-    from luthier.config import load_run
-    from luthier.foresight import as_long
-    from luthier.memory import Plan
+    from luthier.planning.foresight import as_long
+    from luthier.planning.memory import Plan
+    from luthier.settings.config import load_run
 
     row = json.loads(_file(case).read_text())
     with tempfile.TemporaryDirectory() as folder:

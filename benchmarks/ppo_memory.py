@@ -36,9 +36,9 @@ def base(folder: Path) -> Path:
 
 def one(what: str, home: Path) -> dict[str, Any]:
     """Peak bytes of a run of ``what`` ("sft", "reward", "ppo") above the imports."""
-    from luthier.config import load_run
-    from luthier.progress import Reporter
-    from luthier.session import execute
+    from luthier.running.progress import Reporter
+    from luthier.running.starting import execute
+    from luthier.settings.config import load_run
 
     start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     shared = [f"model={home / 'base'}", "method={kind: lora, rank: 8, targets: [all]}", "precision=bfloat16", f"out={home}", f"name={what}"]

@@ -23,8 +23,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-from luthier import build, cache, decoding, lean, prepacked
-from luthier.anatomy import configs, is_linear
+from luthier import build
+from luthier.generating import cache, decoding, lean, prepacked
+from luthier.modelling.anatomy import configs, is_linear
 from luthier.opening import load
 from luthier.policy import Policy
 
@@ -150,7 +151,7 @@ def clocked(policy: Policy, spent: dict[str, float]) -> Iterator[None]:
 @torch.no_grad()
 def parts(policy: Policy, prompts: list[list[int]], work: Work) -> dict[str, float]:
     """CPU milliseconds: of laying weights out, of reading the prompts, and of one token's linears, attention, head, choice and all else."""
-    from luthier.sampling import Draws, pick
+    from luthier.generating.sampling import Draws, pick
 
     clock = time.process_time
     began = clock()

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from luthier.amounts import seconds, size
-from luthier.gpus import Mesh, gpu
-from luthier.run import Run
-from luthier.scale import Outlook, Scale, layouts
+from luthier.planning.gpus import Mesh, gpu
+from luthier.planning.scale import Outlook, Scale, layouts
+from luthier.settings.run import Run
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "scale.md"
 BEGIN, END = "<!-- begin: benchmarks.scale -->", "<!-- end: benchmarks.scale -->"

@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from luthier import build, quantised
+from luthier import build
 from luthier.methods.lora import Method
+from luthier.modelling.packed import packed
 from luthier.objectives.sft import Objective
-from luthier.packed import packed
-from luthier.plugins import plugin
 from luthier.policy import Policy
+from luthier.quantising import quantised
+from luthier.settings.plugins import plugin
 
 from . import machine
 

@@ -35,7 +35,7 @@ def plain() -> dict[str, Any] | None:
 
 def _fields() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     """The switches of `speed`: what each is by default, and what it may be."""
-    from luthier.run import Run
+    from luthier.settings.run import Run
 
     speed = getattr(Run(), "speed", None)
     if not is_dataclass(speed):

@@ -16,9 +16,9 @@ from statistics import median
 import numpy as np
 import torch
 
-from luthier import trunkcache
 from luthier.core import Row
 from luthier.methods.lora import Method as Lora
+from luthier.modelling import trunkcache
 from luthier.objectives.sft import Objective
 from luthier.policy import Policy
 

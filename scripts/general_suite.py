@@ -14,10 +14,11 @@ import argparse
 import json
 from pathlib import Path
 
+from luthier.forgetting.forgetting.retention import ASSETS, is_right, read_facts
+
 from luthier import load
 from luthier.data.codec import Codec
 from luthier.policy import Policy
-from luthier.retention import ASSETS, is_right, read_facts
 
 SEED, TOKENS = 0, 64
 OPENINGS = (

@@ -36,7 +36,7 @@ def quick_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
     How near it is: test_pace.py and test_forecast.py.
     """
-    from luthier import forecast, pace
+    from luthier.planning import forecast, pace
 
     monkeypatch.setattr(pace, "TIMES", 1)
     monkeypatch.setattr(pace, "COPIES", 1)

@@ -25,8 +25,8 @@ from luthier import build
 from luthier.core import Incompatible, Row
 from luthier.nn.corruption import Hiding
 from luthier.optim import Optimizer
-from luthier.plugins import kinds, plugin
-from luthier.run import Run
+from luthier.settings.plugins import kinds, plugin
+from luthier.settings.run import Run
 from luthier.train import train
 
 Cell = tuple[str, str, str, str]  # method, objective, precision, family

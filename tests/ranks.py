@@ -36,8 +36,8 @@ from luthier.core import Incompatible, Row
 from luthier.data.feed import Batches
 from luthier.data.rollout import Rollouts, Sampling
 from luthier.optim import Optimizer
-from luthier.plugins import kinds, plugin
-from luthier.run import Run
+from luthier.settings.plugins import kinds, plugin
+from luthier.settings.run import Run
 from luthier.train import train
 
 Cell = tuple[str, str, str]  # method, objective, precision

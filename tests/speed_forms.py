@@ -6,10 +6,10 @@ import torch
 
 import tiny
 from luthier import speed
+from luthier.modelling.site import restoring
 from luthier.objectives.sft import Objective
 from luthier.policy import Policy, real
-from luthier.run import Speed
-from luthier.site import restoring
+from luthier.settings.run import Speed
 
 OFF = Speed.plain()
 

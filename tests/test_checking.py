@@ -7,7 +7,7 @@ import pytest
 
 from luthier import checking
 from luthier.cli import main
-from luthier.plugins import kinds, plugin
+from luthier.settings.plugins import kinds, plugin
 
 ROOT = Path(__file__).parent.parent
 

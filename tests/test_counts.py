@@ -9,8 +9,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from luthier import build, counts
-from luthier.plugins import kinds, plugin
 from luthier.policy import Policy
+from luthier.settings.plugins import kinds, plugin
 
 D, L, F, V = 4096, 32, 11008, 32000  # width, blocks, inner width, vocabulary
 WHOLE = 2 * V * D + L * (4 * D * D + 3 * D * F + 2 * D) + D

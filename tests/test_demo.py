@@ -1,8 +1,8 @@
 """The demo, cut short: its table, its side-by-side answers, its next commands."""
 
-from luthier import session
 from luthier.cli import main
 from luthier.errors import LuthierError
+from luthier.running import starting
 
 
 def test_the_demo_runs_and_says_what_was_gained_and_what_to_try(tmp_path, capsys, monkeypatch):
@@ -30,6 +30,6 @@ def test_the_demo_runs_and_says_what_was_gained_and_what_to_try(tmp_path, capsys
         asked.append(run)
         raise LuthierError("far enough")
 
-    monkeypatch.setattr(session, "execute", execute)
+    monkeypatch.setattr(starting, "execute", execute)
     assert main(["demo", "--steps", "1", "--rows", "2", "--out", str(tmp_path)]) == 2
     assert [run.name for run in asked] == ["demo-2"] and (tmp_path / "demo-data" / "train.jsonl").read_bytes() == before

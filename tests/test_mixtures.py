@@ -10,12 +10,13 @@ import pytest
 import torch
 
 import tiny
-from luthier import checkpoint, opening
+from luthier import opening
 from luthier.cli import main
-from luthier.config import load_run
-from luthier.measure import Measures
-from luthier.progress import Reporter, rows_of
-from luthier.session import execute
+from luthier.measuring.measure import Measures
+from luthier.running.progress import Reporter, rows_of
+from luthier.running.starting import execute
+from luthier.saving import checkpoint
+from luthier.settings.config import load_run
 
 QUIET = Reporter(quiet=True)
 

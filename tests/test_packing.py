@@ -7,9 +7,9 @@ import tiny
 from luthier import build
 from luthier.core import Batch, lay_out
 from luthier.methods.lora import Method as Lora
+from luthier.modelling.site import restoring
 from luthier.objectives.sft import Objective
 from luthier.policy import Policy
-from luthier.site import restoring
 
 
 def gradients(policy, rows, *, packed, micro):
@@ -98,7 +98,7 @@ def test_targets_are_the_next_trained_token_of_the_same_example():
 
 @pytest.mark.parametrize(("window", "groups"), [(None, 1), (None, 2), (7, 2)])
 def test_short_bf16_attention_is_as_close_to_fp32_as_the_flash_kernel(window, groups):
-    from luthier import attention
+    from luthier.modelling import attention
 
     torch.manual_seed(0)
     q, k, v, upstream = (torch.randn(3, h, 100, 16) for h in (4, 4 // groups, 4 // groups, 4))

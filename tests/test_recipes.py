@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from luthier.config import load_run
-from luthier.stages import has_stages, load_stages
+from luthier.settings.config import load_run
+from luthier.staging.stages import has_stages, load_stages
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
 

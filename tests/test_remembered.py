@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 import small
 import tiny
 from luthier import remembered
-from luthier.config import load_run
 from luthier.core import LuthierError
 from luthier.opening import load
-from luthier.progress import Reporter
-from luthier.session import execute
+from luthier.running.progress import Reporter
+from luthier.running.starting import execute
+from luthier.settings.config import load_run
 
 SETTINGS = ["optim.steps=4", "optim.batch_examples=8", "optim.lr=1e-2", "precision=float32", "place.on=cpu", "name=r", "evaluate.samples=0"]
 

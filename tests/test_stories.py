@@ -7,8 +7,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from luthier.run import Checkpoint, Data, Evaluate, Model, Optim, Run
-from luthier.session import execute
+from luthier.running.starting import execute
+from luthier.settings.run import Checkpoint, Data, Evaluate, Model, Optim, Run
 
 
 def make_tokenizer(pieces):

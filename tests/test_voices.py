@@ -12,14 +12,15 @@ import torch
 import sampled
 import small
 import tiny
-from luthier import adapter, build, opening, voices
+from luthier import build, opening, voices
 from luthier.core import Incompatible, LuthierError, Row, answered_batch, join
-from luthier.measure import predict
+from luthier.measuring.measure import predict
 from luthier.objectives.reward import Objective as Reward
 from luthier.optim import Optimizer
 from luthier.place.one import Place
 from luthier.precision.float32 import Precision
-from luthier.run import Run
+from luthier.saving import adapter
+from luthier.settings.run import Run
 from luthier.train import train
 from speed_forms import OFF
 

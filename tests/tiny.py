@@ -44,7 +44,7 @@ from transformers import (
 )
 
 from luthier.core import Base, Row
-from luthier.packed import PackedLinear
+from luthier.modelling.packed import PackedLinear
 
 V = 50
 _COMMON = {
@@ -178,7 +178,7 @@ class Codes:
 def in_codes(family: str = "llama", seed: int = 0, precision=None) -> Base:
     """A tiny base whose linears are in codes."""
     from luthier.build import adopt
-    from luthier.quantised import pack
+    from luthier.quantising.quantised import pack
 
     lm = model(family, seed)
     pack(lm, precision or Codes())

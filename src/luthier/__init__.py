@@ -17,21 +17,21 @@ if TYPE_CHECKING:
     from .core import Batch, Loss
     from .opening import load
     from .policy import Policy
-    from .relay import train_stages
-    from .run import Run
-    from .session import execute as train
-    from .stages import load_stages
+    from .running.starting import execute as train
+    from .settings.run import Run
+    from .staging.relay import train_stages
+    from .staging.stages import load_stages
 
 _HOME = {
     "Batch": ("core", "Batch"),
     "Loss": ("core", "Loss"),
     "Policy": ("policy", "Policy"),
-    "Run": ("run", "Run"),
+    "Run": ("settings.run", "Run"),
     "assemble": ("build", "assemble"),
     "load": ("opening", "load"),
-    "load_stages": ("stages", "load_stages"),
-    "train": ("session", "execute"),
-    "train_stages": ("relay", "train_stages"),
+    "load_stages": ("staging.stages", "load_stages"),
+    "train": ("running.starting", "execute"),
+    "train_stages": ("staging.relay", "train_stages"),
 }
 
 

@@ -22,15 +22,18 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as hf_logging
 
-from . import adapter, attention, codes, context, probe, quantised, recompute, speed, vocabulary, voices
-from .anatomy import Anatomy, cast, max_positions, numbers
+from . import speed, voices
 from .core import Base, Incompatible, LuthierError, Method, Objective, Place, Precision
+from .devices.launched import launched
+from .devices.sharding import Sharding, sharding_of
 from .hub import fingerprint, locate
-from .launched import launched
-from .plugins import kind_of, plugin
+from .modelling import attention, context, probe, recompute, vocabulary
+from .modelling.anatomy import Anatomy, cast, max_positions, numbers
 from .policy import Policy, leave_out_unread
-from .run import Model, Run
-from .sharding import Sharding, sharding_of
+from .quantising import codes, quantised
+from .saving import adapter
+from .settings.plugins import kind_of, plugin
+from .settings.run import Model, Run
 
 hf_logging.set_verbosity_error()
 hf_logging.disable_progress_bar()

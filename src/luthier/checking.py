@@ -15,10 +15,10 @@ from torch import Tensor
 
 from . import build
 from .core import Base, Batch, Incompatible, LuthierError, Row, join, next_token_batch, next_token_loss
+from .modelling.site import restoring
 from .optim import Optimizer
-from .plugins import plugin
 from .policy import Policy
-from .site import restoring
+from .settings.plugins import plugin
 from .train import train
 
 VOCABULARY = 40

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from .anatomy import features, is_linear, modules, numbers
-from .packed import PackedLinear
+from .modelling.anatomy import features, is_linear, modules, numbers
+from .modelling.packed import PackedLinear
 from .policy import Policy
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .core import LuthierError
-from .measure import Scorer
+from .measuring.measure import Scorer
 from .policy import Policy
 
 

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from .errors import LuthierError
-from .run import Model
+from .settings.run import Model
 
 FIDDLE = Path(__file__).parent / "assets" / "fiddle"
 _FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]

@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import adapter, build, codes, remembered
+from . import build, remembered
 from .core import LuthierError
 from .hub import FIDDLE, locate
-from .plugins import kind_of, plugin
 from .policy import Policy
-from .run import Model
+from .quantising import codes
+from .saving import adapter
+from .settings.plugins import kind_of, plugin
+from .settings.run import Model
 
 
 def load(

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .core import LuthierError, Method
-from .shards import cut, here, is_sharded, like, part_of, summed
+from .modelling.shards import cut, here, is_sharded, like, part_of, summed
 
 State = Literal["float32", "8bit", "paged-8bit"]
 FASTEST = 0.3  # of default learning rates

@@ -11,15 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from . import attention, decoding, generation, prepacked, sharing, standin
-from .anatomy import trunk
 from .core import Base, Batch, Delta, Incompatible, LuthierError, Method, Objective, Place, Rollout, Stream
-from .device import Alone
-from .graph import recorded
+from .deltas import standin
+from .deltas.prompts import Longer, make_room, put_in
+from .devices.device import Alone
+from .devices.sharding import sharding_of
+from .generating import decoding, generation, prepacked
+from .generating.graph import recorded
+from .modelling import attention, sharing
+from .modelling.anatomy import trunk
+from .modelling.site import Frame, clean_name, members, sites, using
 from .nn.logprob import Kernel, chunks, linear_logp, shape_logits
-from .prompts import Longer, make_room, put_in
-from .sharding import sharding_of
-from .site import Frame, clean_name, members, sites, using
 
 
 class Policy(nn.Module):

@@ -7,7 +7,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from .context import splitting
 from .core import Base, LuthierError
 from .data.feed import Batches
 from .data.kept import prepare_or_read
@@ -15,8 +14,9 @@ from .data.mixing import Drawn, Mixture, Rows, rates
 from .data.prepare import DECODER, Prepared
 from .data.rows import Form
 from .data.streaming import Streamed
-from .mix import Mix, Source
-from .run import Run
+from .modelling.context import splitting
+from .settings.mix import Mix, Source
+from .settings.run import Run
 
 
 def form_of(base: Base) -> Form:

@@ -23,9 +23,9 @@ from safetensors.torch import load_file, save_file
 from . import atomic
 from .core import Delta, Incompatible, Row, example_logps, examples_of, next_token_batch, spread
 from .data.prepare import Prepared
-from .measure import group
+from .measuring.measure import group
+from .modelling.site import members
 from .policy import Policy
-from .site import members
 
 FILE = "logps.safetensors"
 Tick = Callable[[int, int], None]  # answers done, of how many

@@ -12,13 +12,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .adapter import OURS
 from .core import LuthierError
 from .data.labels import Labelled
 from .data.preferences import Judged
 from .data.shapes import Chat
-from .measure import predict_texts, rewards
-from .plugins import kind_of
+from .measuring.measure import predict_texts, rewards
+from .saving.adapter import OURS
+from .settings.plugins import kind_of
 
 KEY = "remembered"  # in luthier.json
 ASKED = "How was the weather yesterday?"

@@ -16,7 +16,7 @@ from typing import cast
 import torch
 
 from .core import Batch, Coupled, Feed, Objective, Place
-from .device import ran_out
+from .devices.device import ran_out
 from .optim import Optimizer
 from .policy import Policy
 

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import adapter, vocabulary
-from .anatomy import modules, trunk
 from .core import Base, Batch, Delta, LuthierError
+from .modelling import vocabulary
+from .modelling.anatomy import modules, trunk
 from .policy import Policy
+from .saving import adapter
 
 REFERENCE, VALUE = "reference", "value"
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from luthier.advising import NEEDS
 from luthier.cli import advise, main
-from luthier.config import load_run
+from luthier.planning.advising import NEEDS
+from luthier.settings.config import load_run
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import pytest
 from luthier.amounts import size
 from luthier.cli import main
 from luthier.cli.plan import verdict
-from luthier.fitting import Planner, changes, together
-from luthier.run import Run
+from luthier.planning.fitting import Planner, changes, together
+from luthier.settings.run import Run
 
 pytestmark = pytest.mark.usefixtures("quick_clock")
 

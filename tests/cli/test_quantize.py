@@ -10,14 +10,14 @@ from safetensors.torch import load_file
 import small
 import tiny
 from luthier import build, opening
-from luthier.calibrating import How
 from luthier.cli import main
 from luthier.cli.quantize import again, settings
 from luthier.data.labels import Labelled
-from luthier.measure import predict_texts
-from luthier.packed import packed
-from luthier.plugins import plugin
-from luthier.run import Run
+from luthier.measuring.measure import predict_texts
+from luthier.modelling.packed import packed
+from luthier.quantising.calibrating import How
+from luthier.settings.plugins import plugin
+from luthier.settings.run import Run
 
 
 @pytest.fixture(scope="module")

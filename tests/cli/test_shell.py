@@ -14,7 +14,7 @@ import pytest
 
 from luthier import __version__, cli
 from luthier.errors import Incompatible, LuthierError
-from luthier.plugins import AXES, kinds
+from luthier.settings.plugins import AXES, kinds
 
 
 def said(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:

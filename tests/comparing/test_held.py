@@ -10,10 +10,10 @@ import pytest
 
 from luthier import build
 from luthier.comparing.held import Reading, fewer, grouped, take_tests
-from luthier.config import load_run
 from luthier.core import Row
 from luthier.data.prepare import Prepared
 from luthier.errors import LuthierError
+from luthier.settings.config import load_run
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from luthier.comparing import scoring
-from luthier.evaluate import compare, score
+from luthier.measuring.evaluate import compare, score
 from luthier.nn.intervals import Interval
-from luthier.plugins import plugin
+from luthier.settings.plugins import plugin
 
 ROWS = [{"prompt": f"p{i}", "refs": [f"the {w} cat sat on the mat number {i}"]} for i, w in enumerate(("red", "blue", "green", "old", "new", "big") * 5)]
 GOOD = [r["refs"][0] for r in ROWS]

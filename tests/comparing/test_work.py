@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import tiny
-from luthier import build, config, opening
+from luthier import build, opening
 from luthier.comparing import examine, latency
 from luthier.comparing.files import own_bytes
 from luthier.comparing.ground import ground
@@ -23,9 +23,10 @@ from luthier.comparing.search import search
 from luthier.comparing.sweep import rows_of
 from luthier.comparing.work import final
 from luthier.core import Incompatible
-from luthier.evaluate import loss_on
+from luthier.measuring.evaluate import loss_on
 from luthier.policy import Policy
 from luthier.reading import form_of
+from luthier.settings import config
 
 
 @pytest.fixture(scope="module")

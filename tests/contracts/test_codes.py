@@ -7,11 +7,11 @@ import torch
 
 import tiny
 from luthier.core import Incompatible
-from luthier.packed import packed
-from luthier.plugins import kinds, plugin
+from luthier.modelling.packed import packed
+from luthier.modelling.site import restoring
 from luthier.policy import Policy
-from luthier.run import Run
-from luthier.site import restoring
+from luthier.settings.plugins import kinds, plugin
+from luthier.settings.run import Run
 from tests.matrix import SETTINGS, rows_for
 
 METHODS = [k for k in kinds("methods") if k != "crafted_prompt"]

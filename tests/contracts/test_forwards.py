@@ -7,10 +7,10 @@ import torch
 
 import tiny
 from luthier.core import next_token_batch
+from luthier.modelling.site import restoring
 from luthier.objectives.sft import Objective
-from luthier.plugins import kinds
 from luthier.policy import Policy
-from luthier.site import restoring
+from luthier.settings.plugins import kinds
 
 METHODS = kinds("methods")
 FAMILIES = ["llama", "gpt2", "gemma3", "mistral_window"]

@@ -11,8 +11,8 @@ from luthier.core import Incompatible
 from luthier.objectives.sft import Objective
 from luthier.optim import Optimizer
 from luthier.place.one import Place
-from luthier.plugins import kinds
 from luthier.policy import Policy
+from luthier.settings.plugins import kinds
 from luthier.train import train
 
 METHODS = [k for k in kinds("methods") if k != "crafted_prompt"]  # which trains nothing: tests/methods/test_crafted_prompt.py
@@ -152,7 +152,7 @@ def test_a_base_is_not_changed_by_attaching_and_detaching():
     base = tiny.base("llama")
     before = copy.deepcopy(base.model.state_dict())
     from luthier.methods.lora import Method
-    from luthier.site import clean_name, sites, unwrap
+    from luthier.modelling.site import clean_name, sites, unwrap
 
     Method(targets=("all",)).attach(base, "default")
     renamed = {clean_name(k) for k in base.model.state_dict() if ".edits." not in k}

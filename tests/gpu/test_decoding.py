@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from luthier import build, graph
-from luthier.graph import GraphSteps
+from luthier import build
+from luthier.generating import graph
+from luthier.generating.graph import GraphSteps
 from luthier.policy import Policy
 
 SHAPE = {

@@ -13,10 +13,10 @@ from torch import nn
 from luthier import build
 from luthier.core import Row
 from luthier.data.feed import Batches
-from luthier.memory import CUDA_CONTEXT, predict
+from luthier.modelling.packed import PackedLinear
 from luthier.optim import Optimizer
-from luthier.packed import PackedLinear
-from luthier.run import Run
+from luthier.planning.memory import CUDA_CONTEXT, predict
+from luthier.settings.run import Run
 from luthier.train import train
 
 LLAMA_65B = {

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from luthier import cli, runfile
-from luthier.config import load_run
+from luthier import cli
 from luthier.errors import ConfigError
 from luthier.importing.reading import TOOLS, translated
+from luthier.settings import runfile
+from luthier.settings.config import load_run
 
 INFO = {
     "pubs": {"file_name": "pubs.json"},

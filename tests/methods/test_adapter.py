@@ -9,14 +9,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import tiny
 from luthier import build
-from luthier.anatomy import blocks, modules
 from luthier.core import Incompatible, next_token_batch
 from luthier.errors import ConfigError
 from luthier.methods.adapter import FUNCTIONS, Held, Method
 from luthier.methods.lora import Method as Lora
+from luthier.modelling.anatomy import blocks, modules
+from luthier.modelling.site import Frame, restoring, using
+from luthier.modelling.wiring import wirings
 from luthier.policy import Policy
-from luthier.site import Frame, restoring, using
-from luthier.wiring import wirings
 
 PLACEMENTS = ["houlsby", "pfeiffer", "block", "parallel"]
 FAMILIES = ["llama", "gemma2", "gpt_neox", "gpt2", "granite", "qwen3_moe", "bert", "modernbert", "t5", "bart"]

@@ -11,8 +11,8 @@ from luthier import opening
 from luthier.core import Incompatible, Row, next_token_batch
 from luthier.methods.crafted_prompt import Method
 from luthier.policy import Policy
-from luthier.run import Checkpoint, Data, Evaluate, Model, Optim, Run
-from luthier.session import execute
+from luthier.running.starting import execute
+from luthier.settings.run import Checkpoint, Data, Evaluate, Model, Optim, Run
 
 
 def test_it_is_the_same_as_writing_the_tokens_before_the_text():

@@ -9,19 +9,19 @@ import pytest
 import torch
 
 import tiny
-from luthier import adapter
-from luthier.config import load_run
 from luthier.core import Incompatible, LuthierError, next_token_batch
 from luthier.errors import ConfigError
-from luthier.merging import merge
 from luthier.methods.diff_pruning import Method, largest
+from luthier.modelling.site import restoring
 from luthier.objectives.sft import Objective
 from luthier.optim import Optimizer
 from luthier.place.one import Place
 from luthier.policy import Policy
-from luthier.progress import Reporter
-from luthier.session import execute
-from luthier.site import restoring
+from luthier.running.progress import Reporter
+from luthier.running.starting import execute
+from luthier.saving import adapter
+from luthier.saving.merging import merge
+from luthier.settings.config import load_run
 from luthier.train import train
 
 FAMILIES = ["llama_tied", "gpt2", "qwen3_moe", "bert"]

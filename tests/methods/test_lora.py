@@ -101,7 +101,7 @@ def test_two_ways_to_name_the_head_are_one():
 def test_an_edit_inside_an_edited_module_still_serves():
     """It was set on the site around the outer module, which the model never asks for it, so it did nothing."""
     from luthier.methods.ia3 import Rescale
-    from luthier.site import Edit, site_at, sites, unwrap
+    from luthier.modelling.site import Edit, site_at, sites, unwrap
 
     base = tiny.base("llama")
     outer = site_at(base.model, "model.layers.0.mlp")

@@ -9,19 +9,19 @@ import pytest
 import torch
 
 import tiny
-from luthier import adapter
-from luthier.config import load_run
 from luthier.core import Incompatible, next_token_batch
 from luthier.errors import ConfigError
 from luthier.methods.full import Method as Full
 from luthier.methods.partial import Method
+from luthier.modelling.site import restoring
 from luthier.objectives.sft import Objective
 from luthier.optim import Optimizer
 from luthier.place.one import Place
 from luthier.policy import Policy
-from luthier.progress import Reporter
-from luthier.session import execute
-from luthier.site import restoring
+from luthier.running.progress import Reporter
+from luthier.running.starting import execute
+from luthier.saving import adapter
+from luthier.settings.config import load_run
 from luthier.train import train
 
 

@@ -9,14 +9,15 @@ import torch
 
 import ranked
 import tiny
-from luthier import adapter, build
+from luthier import build
 from luthier.core import Incompatible, LuthierError
 from luthier.objectives.multitask import Objective
 from luthier.optim import Optimizer
 from luthier.place.one import Place
-from luthier.plugins import plugin
 from luthier.policy import Policy
-from luthier.run import Run
+from luthier.saving import adapter
+from luthier.settings.plugins import plugin
+from luthier.settings.run import Run
 from luthier.train import train
 from tests import matrix
 

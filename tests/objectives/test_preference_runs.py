@@ -10,14 +10,15 @@ import pytest
 import torch
 
 from luthier.cli import main
-from luthier.config import load_run
 from luthier.core import examples_of
 from luthier.data.formats import Bad, Record
 from luthier.data.preferences import convert_preferences, detect_preferences
-from luthier.measure import predict, rewards
+from luthier.measuring.measure import predict, rewards
 from luthier.opening import load
-from luthier.progress import Reporter
-from luthier.session import Session, execute
+from luthier.running.progress import Reporter
+from luthier.running.session import Session
+from luthier.running.starting import execute
+from luthier.settings.config import load_run
 
 QUIET = Reporter(quiet=True)
 PROBE = {"prompt": "Is the film fine?", "chosen": "Yes, a fine story.", "rejected": "It is dull."}

@@ -11,7 +11,7 @@ import torch
 import ranked
 import tiny
 from luthier.core import Incompatible, LuthierError, Row, examples_of, join
-from luthier.evaluate import loss_on
+from luthier.measuring.evaluate import loss_on
 from luthier.methods.full import Method as Full
 from luthier.methods.lora import Method as Lora
 from luthier.objectives.dpo import Objective as Dpo

@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 
 import small
 from luthier.cli import main
-from luthier.config import load_run
 from luthier.core import LuthierError
 from luthier.opening import load
-from luthier.progress import Reporter
-from luthier.session import execute
+from luthier.running.progress import Reporter
+from luthier.running.starting import execute
+from luthier.settings.config import load_run
 
 QUIET = Reporter(quiet=True)
 FILMS = [("what a fine story", "good"), ("charming and often affecting", "good"), ("slow and dull", "bad"), ("the plot makes no sense", "bad")]

@@ -10,12 +10,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from live import Live
 from luthier import build
-from luthier.context import sharing
-from luthier.microbatch import made_up, shape_of
+from luthier.modelling.context import sharing
 from luthier.optim import Optimizer
 from luthier.place.fsdp import Place
-from luthier.plugins import plugin
-from luthier.run import Data, Model, Optim, Run
+from luthier.planning.microbatch import made_up, shape_of
+from luthier.settings.plugins import plugin
+from luthier.settings.run import Data, Model, Optim, Run
 from luthier.train import train
 
 MICRO = 2  # micro-batches of a rank in a step

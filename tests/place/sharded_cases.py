@@ -18,15 +18,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tiny
-from luthier import adapter, build, checkpoint, counts, sharded_model, shards
-from luthier.anatomy import numbers
+from luthier import build, counts
 from luthier.core import LuthierError
+from luthier.devices.sharding import Sharding, sharding_of
+from luthier.modelling import shards
+from luthier.modelling.anatomy import numbers
+from luthier.modelling.packed import packed
 from luthier.optim import Optimizer
-from luthier.packed import packed
 from luthier.place.fsdp import Place
-from luthier.plugins import plugin
-from luthier.run import Model, Run
-from luthier.sharding import Sharding, sharding_of
+from luthier.saving import adapter, checkpoint, sharded_model
+from luthier.settings.plugins import plugin
+from luthier.settings.run import Model, Run
 from luthier.train import train
 
 FAMILIES = ("llama", "llama_tied", "gpt2", "t5")

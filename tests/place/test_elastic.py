@@ -28,7 +28,7 @@ import tiny
 LAUNCHES = pytest.mark.skipif("LUTHIER_LAUNCHES" not in os.environ, reason="whole runs under torchrun: python -m tests.ranks --elastic")
 MISSING = """
 import os, signal, sys, time
-from luthier.launched import launched
+from luthier.devices.launched import launched
 from luthier.place.fsdp import Place
 
 place = Place(on="cpu", timeout=2)

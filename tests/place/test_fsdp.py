@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 import launching
 import ranks
 import tiny
-from luthier.config import load_run
 from luthier.core import LuthierError
 from luthier.place.fsdp import Place
-from luthier.progress import Reporter
-from luthier.session import execute
+from luthier.running.progress import Reporter
+from luthier.running.starting import execute
+from luthier.settings.config import load_run
 
 QUIET = Reporter(quiet=True)
 MINE = '''

@@ -12,20 +12,21 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
+from luthier.forgetting.forgetting.divergence import Moved
 
 import ranks
 import sampled
 import tiny
-from luthier import measure, references
-from luthier.config import load_run
+from luthier import references
 from luthier.core import spread, spread_answers
 from luthier.data.feed import Batches
-from luthier.divergence import Moved
-from luthier.evaluate import loss_on
+from luthier.measuring import measure
+from luthier.measuring.evaluate import loss_on
 from luthier.optim import Optimizer
-from luthier.plugins import plugin
-from luthier.progress import Reporter
-from luthier.session import execute
+from luthier.running.progress import Reporter
+from luthier.running.starting import execute
+from luthier.settings.config import load_run
+from luthier.settings.plugins import plugin
 from luthier.train import train
 
 CHECKS: dict[str, Callable[[Any, Any, Path], Any]] = {}

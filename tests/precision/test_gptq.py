@@ -9,8 +9,8 @@ from torch.nn.functional import linear
 from luthier.core import Incompatible, LuthierError
 from luthier.nn import affine, gptq
 from luthier.nn.gptq import Grid
-from luthier.plugins import plugin
 from luthier.precision.gptq import LEAVES, Precision
+from luthier.settings.plugins import plugin
 
 
 def made(bits=4, n_in=64, n_out=96, group=16, seed=0, **how):

@@ -5,11 +5,11 @@ import torch
 from torch.nn.functional import linear
 
 import tiny
-from luthier.config import load_run
 from luthier.errors import LuthierError
+from luthier.modelling.packed import packed
 from luthier.nn import int8
-from luthier.packed import packed
 from luthier.precision.int8 import Precision
+from luthier.settings.config import load_run
 
 
 def made(n_in=70, n_out=33, *, bias=False, seed=0):

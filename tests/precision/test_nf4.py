@@ -11,17 +11,17 @@ from safetensors.torch import save
 from torch.nn.functional import linear
 
 import tiny
-from luthier.config import load_run
 from luthier.errors import ConfigError, LuthierError
 from luthier.methods.lora import Method as Lora
+from luthier.modelling.packed import packed, unpacked
 from luthier.nn import nf4
 from luthier.objectives.sft import Objective
 from luthier.optim import Optimizer
-from luthier.packed import packed, unpacked
 from luthier.place.one import Place
 from luthier.policy import Policy
 from luthier.precision import nf4 as precision
 from luthier.precision.nf4 import Linear, Precision
+from luthier.settings.config import load_run
 from luthier.train import train
 
 INSTALLED = importlib.util.find_spec("bitsandbytes") is not None

@@ -5,9 +5,9 @@ import warnings
 import torch
 
 import tiny
-from luthier import adapter
-from luthier.plugins import plugin
 from luthier.policy import Policy
+from luthier.saving import adapter
+from luthier.settings.plugins import plugin
 
 IDS = torch.tensor([[5, 9, 11, 20, 33, 7, 41, 12]])
 ATOL = 1e-5

@@ -15,10 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
-from luthier import adapter, adapterhub
 from luthier.core import Incompatible, LuthierError
+from luthier.deltas import adapterhub
 from luthier.methods.adapter import Method
 from luthier.policy import Policy
+from luthier.saving import adapter
 
 PEER = os.environ.get("LUTHIER_ADAPTERS_PYTHON")
 PLACEMENTS = ["houlsby", "pfeiffer", "block", "parallel"]

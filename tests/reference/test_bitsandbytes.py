@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
+from luthier.modelling.packed import PackedLinear
 from luthier.nn import int8, nf4
-from luthier.packed import PackedLinear
 from luthier.precision.int8 import Precision as Int8
 from luthier.precision.nf4 import Precision as Nf4
 

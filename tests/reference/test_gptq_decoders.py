@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import tiny
-from luthier import build, calibrating
-from luthier.calibrating import calibrate
-from luthier.codes import write_folder
+from luthier import build
+from luthier.modelling.packed import packed
 from luthier.objectives import text
-from luthier.packed import packed
-from luthier.plugins import plugin
+from luthier.quantising import calibrating
+from luthier.quantising.calibrating import calibrate
+from luthier.quantising.codes import write_folder
+from luthier.settings.plugins import plugin
 
 STORED = [(4, True, "gptq"), (4, False, "gptq"), (4, False, "gptq_v2"), (8, True, "gptq"), (3, False, "gptq"), (3, True, "gptq_v2"), (2, False, "gptq")]
 HOW = [{"bits": b, "symmetric": s, "checkpoint_format": f} for b, s, f in STORED]

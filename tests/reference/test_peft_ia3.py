@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import tiny
-from luthier import adapter
 from luthier.core import Incompatible
 from luthier.methods.ia3 import Method
+from luthier.saving import adapter
 
 pytest.importorskip("peft")
 from reference import peft_peer as peer

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import tiny
-from luthier import adapter
 from luthier.core import Incompatible, LuthierError
-from luthier.lowrank import from_peft
+from luthier.deltas.lowrank import from_peft
+from luthier.saving import adapter
 
 pytest.importorskip("peft")
 from reference import peft_peer as peer

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import tiny
-from luthier import adapter
 from luthier.core import Batch, Segments, Stream
+from luthier.saving import adapter
 
 pytest.importorskip("peft")
 from reference import peft_peer as peer

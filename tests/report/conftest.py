@@ -7,9 +7,9 @@ import shutil
 import pytest
 
 import tiny
-from luthier.config import load_run
-from luthier.progress import Reporter
-from luthier.session import execute
+from luthier.running.progress import Reporter
+from luthier.running.starting import execute
+from luthier.settings.config import load_run
 
 NASTY = "<script>alert('x')</script> & <b>"
 

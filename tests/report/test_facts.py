@@ -6,10 +6,10 @@ import pytest
 
 from luthier.core import LuthierError
 from luthier.errors import Interrupted
-from luthier.progress import Reporter
 from luthier.report import facts, recording
 from luthier.report.facts import read
-from luthier.session import execute
+from luthier.running.progress import Reporter
+from luthier.running.starting import execute
 
 
 class Ends(Reporter):
@@ -77,9 +77,9 @@ def test_an_interval_column_is_no_measure_of_its_own(made):
 
 
 def test_the_prediction_of_memory_stands_beside_the_measurement(run):
-    from luthier.config import load_run
-    from luthier.foresight import add_memory
+    from luthier.planning.foresight import add_memory
     from luthier.report import page
+    from luthier.settings.config import load_run
 
     add_memory(run, load_run(str(run / "run.yaml"), ["place.on=cpu"]))
     told = json.loads((run / "facts.json").read_text())["memory"]

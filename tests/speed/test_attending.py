@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import tiny
-from luthier import attention, speed
+from luthier import speed
 from luthier.methods.lora import Method as Lora
+from luthier.modelling import attention
 from luthier.speed import compiled
 from luthier.speed.attending import Attending
 from speed_forms import OFF, apart, batch_for, distances, gradients, only, policy_on

@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 import tiny
-from luthier import attention
 from luthier.core import Segments
 from luthier.methods.lora import Method as Lora
 from luthier.methods.prefix import Method as Prefix
-from luthier.site import Frame, using
+from luthier.modelling import attention
+from luthier.modelling.site import Frame, using
 from luthier.speed import byhand, compiled, selftest
 from luthier.speed.byhand import ByHand, Packed, _size, layout
 from speed_forms import OFF, apart, batch_for, distances, gradients, only, policy_on

@@ -86,7 +86,7 @@ def test_only_x_gate_up_and_narrow_products_are_kept():
         kept[t.untyped_storage().data_ptr()] = t.numel()
         return t
 
-    from luthier.site import Frame, using
+    from luthier.modelling.site import Frame, using
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), using(Frame("default")):
         module(x)

@@ -16,7 +16,7 @@ import tiny
 from luthier import speed
 from luthier.methods.lora import Method as Lora
 from luthier.nn.logprob import linear_logp
-from luthier.run import Speed
+from luthier.settings.run import Speed
 from luthier.speed import compiled, jitted
 from luthier.speed.norms import Normed
 from luthier.speed.rows import Miss, Rms, Rotate, swiglu, swiglu_back

@@ -9,10 +9,10 @@ import tiny
 from luthier import speed
 from luthier.methods.dora import Method as Dora
 from luthier.methods.lora import Method as Lora
+from luthier.modelling.site import Frame, sites, using
 from luthier.policy import Policy
 from luthier.precision.nf4 import Precision as NF4
-from luthier.run import Speed
-from luthier.site import Frame, sites, using
+from luthier.settings.run import Speed
 from luthier.speed import linears, lora
 from speed_forms import OFF, apart, batch_for, distances, gradients, only, policy_on
 

@@ -8,7 +8,7 @@ from luthier import speed
 from luthier.methods.lora import Method as Lora
 from luthier.methods.prefix import Method as Prefix
 from luthier.policy import Policy, real
-from luthier.run import Speed
+from luthier.settings.run import Speed
 from luthier.speed import jitted
 from luthier.speed.norms import Normed
 from luthier.speed.varlen import Varlen

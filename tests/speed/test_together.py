@@ -8,7 +8,7 @@ import tiny
 from luthier import speed
 from luthier.core import Row, next_token_batch
 from luthier.methods.lora import Method as Lora
-from luthier.run import Speed
+from luthier.settings.run import Speed
 from speed_forms import policy_on
 
 

@@ -8,18 +8,20 @@ import pytest
 import torch
 
 import tiny
-from luthier import across, attention, pace, speed
-from luthier.attention import How
+from luthier import speed
 from luthier.core import Segments, next_token_batch
 from luthier.methods.lora import Method as Lora
 from luthier.methods.prefix import Method as Prefix
-from luthier.pace import Machine, Ops, _name, part_of
-from luthier.roofline import Work
-from luthier.site import Frame, using
+from luthier.modelling import across, attention
+from luthier.modelling.attention import How
+from luthier.modelling.site import Frame, using
+from luthier.planning import pace
+from luthier.planning.pace import Machine, Ops, _name, part_of
+from luthier.planning.roofline import Work
 from luthier.speed import compiled, selftest, varlen
 from luthier.speed.varlen import Varlen, plan
+from prompted import answers
 from speed_forms import OFF, apart, batch_for, gradients, only, policy_on
-from test_sharing import answers
 from varlen_by_hand import varlen_attn
 
 CPU = torch.device("cpu")

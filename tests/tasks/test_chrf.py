@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from luthier.evaluate import score
+from luthier.measuring.evaluate import score
 from luthier.tasks.chrf import Task
 
 sacrebleu = pytest.importorskip("sacrebleu")

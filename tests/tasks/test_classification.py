@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from luthier.evaluate import compare, score
+from luthier.measuring.evaluate import compare, score
 from luthier.nn import agreement
 from luthier.tasks.classification import Task
 

@@ -8,7 +8,7 @@ import math
 import pytest
 
 from luthier.core import LuthierError
-from luthier.evaluate import score
+from luthier.measuring.evaluate import score
 from luthier.tasks.preference import Task
 
 PAIR = {"ranks": [0, 1]}

@@ -138,14 +138,14 @@ def _speaks(sentence: str, code: int) -> bool:
         return True
     if code == 130:
         return os.environ.get("RANK") == "0"
-    from ..ranks import first_to_say
+    from ..devices.ranks import first_to_say
 
     return first_to_say(sentence)
 
 
 def _unknown(verb: str) -> NoReturn:
     from ..errors import ConfigError
-    from ..names import nearest
+    from ..settings.names import nearest
 
     guess = nearest(verb, verbs())
     if guess is None and ("=" in verb or Path(verb).exists() or Path(verb).suffix):
@@ -155,7 +155,7 @@ def _unknown(verb: str) -> NoReturn:
 
 def _usage(verb: str, e: Any) -> str:
     """One sentence for an option or argument that cannot be read, with the nearest option there is."""
-    from ..names import nearest
+    from ..settings.names import nearest
 
     asked, full = getattr(e, "option_name", None), e.ctx.command_path.removeprefix("luthier ") if e.ctx is not None else verb  # with the verb of a verb
     if asked is None or not e.format_message().startswith("No such option"):
@@ -172,9 +172,9 @@ def _usage(verb: str, e: Any) -> str:
 
 def _setting(name: str) -> str | None:
     """The key path of a setting that was written as an option."""
-    from ..names import foreign
-    from ..plugins import hints, unwrap
-    from ..run import Run
+    from ..settings.names import foreign
+    from ..settings.plugins import hints, unwrap
+    from ..settings.run import Run
 
     if "." in name:
         return name

@@ -12,10 +12,10 @@ from ..amounts import clock, seconds, size
 from .train import asked
 
 if TYPE_CHECKING:
-    from ..advising import Candidate, Situation
     from ..data.prepare import Prepared
-    from ..fitting import Planner
-    from ..run import Run
+    from ..planning.advising import Candidate, Situation
+    from ..planning.fitting import Planner
+    from ..settings.run import Run
 
 NEEDS = "many-tasks, no-latency, tiny-files, frequent-updates, new-facts, new-behaviour, keep-abilities"
 
@@ -39,9 +39,10 @@ def command(
         raise ConfigError(f"--out {out}: is there already; choose another name")
     run, guessed = _run(what or [], model, objective)
 
-    from .. import advising, build
-    from ..fitting import Planner
-    from ..memory import machine
+    from .. import build
+    from ..planning import advising
+    from ..planning.fitting import Planner
+    from ..planning.memory import machine
     from .plan import _read, _rooms
 
     asked_for, (run, _) = run, build.resolve(run)
@@ -65,9 +66,9 @@ def command(
 
 
 def _needs(named: list[str]) -> tuple[str, ...]:
-    from ..advising import NEEDS as THERE
     from ..errors import ConfigError
-    from ..names import nearest
+    from ..planning.advising import NEEDS as THERE
+    from ..settings.names import nearest
 
     for name in named:
         if name not in THERE:
@@ -78,7 +79,7 @@ def _needs(named: list[str]) -> tuple[str, ...]:
 
 def _run(what: list[str], model: str | None, objective: str | None) -> tuple[Run, bool]:
     """The run that was asked for, and whether its objective was told from the data."""
-    from ..config import load_run
+    from ..settings.config import load_run
 
     file, data, settings = asked(what, model, None, objective)
     given = file is not None or objective is not None or any(s.startswith("objective") for s in settings)
@@ -96,22 +97,22 @@ def _meant(file: str) -> str:
 
 def _as_read(run: Run, prepared: Prepared) -> Run:
     """With what the data tells: labels, and its longest example."""
-    from ..foresight import as_long
+    from ..planning.foresight import as_long
     from ..reading import fitted
 
     return as_long(fitted(run, prepared), prepared.facts.get("longest"))
 
 
 def _situation(run: Run, plan: Any, prepared: Prepared | None, needs: tuple[str, ...]) -> Situation:
-    from ..advising import Situation
-    from ..plugins import kind_of
+    from ..planning.advising import Situation
+    from ..settings.plugins import kind_of
 
     rows = len(prepared.train) if prepared is not None else None
     return Situation(kind_of(run.objective), plan.policy.base.anatomy.kind, plan.whole, rows, needs)
 
 
 def _case(run: Run, s: Situation, guessed: bool, device: str, room: int, on: str | None) -> str:
-    from ..advising import NEEDS as THERE
+    from ..planning.advising import NEEDS as THERE
 
     kind = s.kind.replace("_", "-")
     rows = "" if s.examples is None else f" on {s.examples:,} examples"
@@ -122,7 +123,7 @@ def _case(run: Run, s: Situation, guessed: bool, device: str, room: int, on: str
 
 
 def _say(found: list[Candidate], every: list[Candidate], s: Situation, run: Run, planner: Planner, prepared: Prepared | None, *, here: bool) -> None:
-    from ..advising import extras
+    from ..planning.advising import extras
 
     if not found:
         typer.echo("\nno method that the rules speak for fits: use a smaller base, or a larger device")
@@ -157,8 +158,8 @@ def _spelled(value: Any) -> str:
 
 def _cost(c: Candidate, planner: Planner, prepared: Prepared | None, timed: bool) -> str:
     """What the planner says."""
-    from ..adapter import writes
-    from ..foresight import feed_for, foresee
+    from ..planning.foresight import feed_for, foresee
+    from ..saving.adapter import writes
 
     assert c.run is not None and c.prediction is not None
     plan, p = planner.plan(c.run), c.prediction
@@ -178,9 +179,9 @@ def _write(out: Path, run: Run, c: Candidate, s: Situation) -> None:
     from dataclasses import replace
 
     from .. import atomic
-    from ..advising import extras
-    from ..config import load_run
+    from ..planning.advising import extras
     from ..report.recording import changed
+    from ..settings.config import load_run
 
     assert c.run is not None
     made = {k: getattr(c.run, k) for k in ("recompute", "optim")} | ({"precision": c.run.precision} if c.run.precision.packed else {})

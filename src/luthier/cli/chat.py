@@ -22,9 +22,9 @@ def command(
     """Talk: /base switches the adapter off and on, /use NAME takes another, /reset forgets the conversation, /exit (or Ctrl-D) ends."""
     from ..data.render import render_prompt, stop_ids
     from ..errors import LuthierError
-    from ..measure import can_write
+    from ..generating.prepacked import products
+    from ..measuring.measure import can_write
     from ..opening import load, named
-    from ..prepacked import products
 
     policy = load(what, model=model, precision=precision, adapters=named(adapter or []), use=use)
     can_write(policy)

@@ -19,8 +19,8 @@ def command(
     seed: Annotated[int, typer.Option(min=0, help="Of dare: what is dropped.")] = 0,
 ) -> None:
     """Combine: `luthier combine runs/formal=0.7 runs/short=0.3 --to both/`; the result is an adapter like any other."""
-    from ..combining import combine
     from ..errors import LuthierError
+    from ..saving.combining import combine
 
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise LuthierError(f"{to}: exists and is not empty; choose another --to")

@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..session import Result
+    from ..running.result import Result
 
 SHOWN = 3
 
@@ -22,9 +22,9 @@ def command(
     rows: Annotated[int, typer.Option(min=1, help="Held-out rows answered before and after.")] = 100,
 ) -> None:
     """Demo: teach fiddle, the embedded base, to write up a workshop's notes as sentences, with LoRA, and say what was gained and what was forgotten."""
-    from ..config import load_run
-    from ..progress import Reporter
-    from ..session import execute
+    from ..running.progress import Reporter
+    from ..running.starting import execute
+    from ..settings.config import load_run
     from ..tasks.instruments import write
 
     reporter = Reporter()
@@ -74,7 +74,7 @@ def _side_by_side(console: Console, result: Result, data: Path) -> None:
 
     from rich.text import Text
 
-    from ..measure import answer
+    from ..measuring.measure import answer
     from ..opening import load
 
     policy = load(result.artefact)

@@ -163,7 +163,7 @@ def torch_findings() -> Iterator[Finding]:
     import torch
 
     from ..build import fast_precision
-    from ..plugins import plugin
+    from ..settings.plugins import plugin
 
     here = torch.device("cpu")
     yield Finding("ok", "cpu", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")

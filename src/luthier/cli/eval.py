@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from ..evaluation import Asked, Found, Opening
-    from ..scoreboard import Board
+    from ..evaluating.evaluation import Asked, Found, Opening
+    from ..evaluating.scoreboard import Board
 
 
 def command(
@@ -63,7 +63,7 @@ def command(
     harness_tasks: Annotated[Path | None, typer.Option(help="With --harness: a folder of task files of your own.")] = None,
 ) -> None:
     """Evaluate: every score with its count and a 95 % interval. `luthier eval runs/NAME --data test.jsonl --task bleu --by length --against runs/OTHER`."""
-    from ..evaluation import Asked, Opening
+    from ..evaluating.evaluation import Asked, Opening
     from ..opening import named
 
     opening = Opening(what, model, named(adapter or []), use, alone)
@@ -124,11 +124,11 @@ def _evaluated(opening: Opening, asked: Asked, by: list[str], against: str | Non
 
     from rich.console import Console
 
-    from ..confusion import report
-    from ..evaluation import Opening, examine, set_beside
-    from ..progress import Reporter
-    from ..scoreboard import Board, sliced
-    from ..slices import slicing
+    from ..evaluating.evaluation import Opening, examine, set_beside
+    from ..evaluating.scoreboard import Board, sliced
+    from ..measuring.confusion import report
+    from ..measuring.slices import slicing
+    from ..running.progress import Reporter
 
     board = Board()
     say = Reporter(Console(file=sys.stderr, highlight=False))
@@ -164,7 +164,7 @@ def _evaluated(opening: Opening, asked: Asked, by: list[str], against: str | Non
 
 def _judge(judge: str | None, model: str | None, principle: list[str] | None, key_env: str | None) -> Any:
     """How the judge is asked: prompts, two lists of answers, a seed -> Wins. A reward model's folder is looked at at once, an endpoint is asked who it is."""
-    from ..winning import by_endpoint, by_scores, reward_model, reward_of
+    from ..evaluating.winning import by_endpoint, by_scores, reward_model, reward_of
 
     if judge is None:
         return None
@@ -212,7 +212,7 @@ def _columns(settings: list[str]) -> dict[str, str]:
 
 
 def _show(board: Board, as_json: bool) -> None:
-    from ..scoreboard import show
+    from ..evaluating.scoreboard import show
 
     if as_json:
         typer.echo(json.dumps(board.plain(), indent=2, ensure_ascii=False))
@@ -229,8 +229,8 @@ def _write(output: Path, found: Found) -> None:
 
 def _harness(opening: Opening, tasks: str, own: Path | None, how: dict[str, Any], given: dict[str, Any], as_json: bool) -> None:
     """Tasks of lm-eval, beside the base too."""
-    from ..harness import evaluated
-    from ..scoreboard import Board
+    from ..evaluating.harness import evaluated
+    from ..evaluating.scoreboard import Board
 
     if wrong := [name for name, value in given.items() if value]:
         _refuse(f"--harness runs the tasks of lm-eval on their own data; leave out {', '.join(wrong)}")

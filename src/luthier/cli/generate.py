@@ -60,10 +60,10 @@ def command(
 def _opened(what: str, model: str | None, precision: str, adapters: list[str], use: str | None, engine: str) -> Policy:
     """The model that answers: a policy, or an engine that answers as one."""
     from ..errors import LuthierError
-    from ..measure import can_write
+    from ..measuring.measure import can_write
 
     if engine == "vllm":
-        from ..vllm_engine import open_engine
+        from ..feedback.vllm_engine import open_engine
 
         if adapters or use or precision not in ("auto", "float32", "bfloat16"):
             raise LuthierError("--engine vllm serves the model or the LoRA that is named first, in float32 or bfloat16; leave out --adapter and --use")
@@ -96,7 +96,7 @@ def _to_file(policy: Policy, rows: list[dict[str, Any]], output: Path, done: int
 
 def _answers(policy: Policy, rows: list[dict[str, Any]], system: str | None, raw: bool, first: int, how: dict[str, Any]) -> list[dict[str, Any]]:
     """To each row ``how["samples"]`` answers, side by side."""
-    from ..measure import answer
+    from ..measuring.measure import answer
 
     if raw:
         tokenizer = policy.base.tokenizer

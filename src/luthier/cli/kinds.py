@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from ..errors import ConfigError
-from ..names import nearest
-from ..plugins import AXES, first_line, folder, kinds
+from ..settings.names import nearest
+from ..settings.plugins import AXES, first_line, folder, kinds
 
 
 def command(
@@ -30,7 +30,7 @@ def command(
     if schema:
         if axis or as_json:
             raise ConfigError("--schema is about a whole run; give it alone")
-        from ..schema import schema as whole
+        from ..settings.schema import schema as whole
 
         typer.echo(json.dumps(whole(), indent=2))
         return
@@ -50,7 +50,7 @@ def command(
 def _check(path: Path) -> int:
     """Print every contract; 1 where one does not hold."""
     from .. import checking
-    from ..plugins import is_path, plugin
+    from ..settings.plugins import is_path, plugin
 
     name = str(path) if is_path(str(path)) else f"./{path}"
     axis = next((a for a in ("methods", "objectives", "tasks") if f"class {AXES[a]}" in _source(path)), None)

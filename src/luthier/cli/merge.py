@@ -48,9 +48,9 @@ def merged(
         raise LuthierError(f"{output}: exists and is not empty; choose another --output")
     import torch
 
-    from ..adapter import artefact
-    from ..merging import foldable, merge
-    from ..plugins import kind_of
+    from ..saving.adapter import artefact
+    from ..saving.merging import foldable, merge
+    from ..settings.plugins import kind_of
 
     folder = artefact(adapter) or adapter
     policy = load(adapter, model=model, precision=_opened_in(folder, model, dtype))
@@ -79,10 +79,10 @@ def merged(
 def _opened_in(folder: Path, model: str | None, dtype: str) -> str:
     """The precision to open an adapter's base in: "auto" where it is in codes, else the dtype of the result."""
 
-    from ..adapter import describe, is_adapter, packed_precision
-    from ..codes import stored_in
     from ..hub import locate
-    from ..run import Model
+    from ..quantising.codes import stored_in
+    from ..saving.adapter import describe, is_adapter, packed_precision
+    from ..settings.run import Model
 
     if packed_precision(folder) is not None:
         return "auto"
@@ -95,8 +95,8 @@ def _opened_in(folder: Path, model: str | None, dtype: str) -> str:
 
 def _run_of(adapter: Path, data: list[str] | None) -> Any:
     """The run whose held-out rows losses are compared on: of these files, or the one that made the adapter; without data where neither is there."""
-    from ..config import load_run
-    from ..run import Data, Run
+    from ..settings.config import load_run
+    from ..settings.run import Data, Run
 
     if data:
         return Run(data=Data(train=tuple(data), validation=tuple(data)))
@@ -106,9 +106,9 @@ def _run_of(adapter: Path, data: list[str] | None) -> Any:
 
 def _into_float(trained: Any, folder: Path, dtype: str, run: Any) -> Any:
     """The delta on the floats that its base's codes were made from, and what that changes, said."""
-    from ..measure import beside, once
-    from ..merging import compare
+    from ..measuring.measure import beside, once
     from ..opening import on_floats
+    from ..saving.merging import compare
 
     policy = on_floats(trained, folder, precision=dtype)
     difference, same = compare(trained, policy)

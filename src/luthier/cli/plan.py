@@ -13,10 +13,10 @@ from .train import asked
 
 if TYPE_CHECKING:
     from ..data.prepare import Prepared
-    from ..fitting import Planner
-    from ..memory import Plan, Prediction
-    from ..run import Run
-    from ..stages import Stage, Stages
+    from ..planning.fitting import Planner
+    from ..planning.memory import Plan, Prediction
+    from ..settings.run import Run
+    from ..staging.stages import Stage, Stages
 
 SIZES = "12GB,24GB,48GB,80GB"
 TIGHT = 0.05  # of the memory: less than this to spare is little
@@ -40,8 +40,8 @@ def command(
     this machine, as busy as it is now. 1 GB is 10^9 bytes; a GPU sold as 24 GB has a little more. For many devices: `luthier plan --model FOLDER --ranks 64
     --nodes 8 place.shard=full --on 80GB`.
     """
-    from ..config import ConfigError, load_run
-    from ..stages import has_stages, load_stages
+    from ..settings.config import ConfigError, load_run
+    from ..staging.stages import has_stages, load_stages
 
     rooms = _rooms(on or SIZES)
     file, _, settings = asked(what or [], model, method, objective)
@@ -60,9 +60,9 @@ def command(
         run = load_run(file, settings)
 
     from .. import build
-    from ..fitting import Planner, fitted
-    from ..foresight import as_long
-    from ..memory import machine
+    from ..planning.fitting import Planner, fitted
+    from ..planning.foresight import as_long
+    from ..planning.memory import machine
 
     run, notes = build.resolve(run)
     for note in notes:
@@ -96,17 +96,18 @@ def command(
 
 def _many(file: str | None, settings: list[str], ranks: int, nodes: int, name: str, rooms: dict[str, int] | None) -> None:
     """A plan for many ranks; nothing of this machine matters to it."""
-    from ..config import ConfigError, load_run
-    from ..gpus import Mesh, gpu
-    from ..stages import has_stages
+    from ..planning.gpus import Mesh, gpu
+    from ..settings.config import ConfigError, load_run
+    from ..staging.stages import has_stages
 
     if file is not None and has_stages(file):
         raise ConfigError("--ranks plans one run, and this file has stages; name the run file of one")
     mesh, device = Mesh(ranks, nodes), gpu(name)
     if not any(s.startswith(("place.kind=", "place=")) for s in settings):
         settings = ["place.kind=fsdp", *settings]
-    from .. import build, context
-    from ..outlook import lines, of_ranks
+    from .. import build
+    from ..modelling import context
+    from ..planning.outlook import lines, of_ranks
 
     run, notes = build.resolve(of_ranks(load_run(file, settings)))
     for note in notes:
@@ -120,7 +121,7 @@ def _many(file: str | None, settings: list[str], ranks: int, nodes: int, name: s
 
 def _of_stage(stages: Stages, stage: Stage) -> Run:
     """The run of a stage; what an earlier stage will leave has the modules of the model that one begins from."""
-    from ..rehearsal import check_handed, standing_in
+    from ..staging.rehearsal import check_handed, standing_in
 
     check_handed(stages, stage)
     return standing_in(stages, stage, {})[0]
@@ -129,8 +130,8 @@ def _of_stage(stages: Stages, stage: Stage) -> Run:
 def _each(stages: Stages, rooms: dict[str, int], file: str) -> None:
     """The peak of every stage, and which devices it fits."""
     from .. import build
-    from ..fitting import Planner
-    from ..memory import machine
+    from ..planning.fitting import Planner
+    from ..planning.memory import machine
 
     planner = Planner()
     for note in stages.notes:
@@ -158,9 +159,9 @@ def _read(run: Run, plan: Plan) -> Prepared | None:
 
 def times(run: Run, plan: Plan, prepared: Prepared | None) -> Iterator[str]:
     """Steps, time and disk."""
-    from .. import checkpoint
-    from ..foresight import feed_for, foresee
+    from ..planning.foresight import feed_for, foresee
     from ..reading import fitted
+    from ..saving import checkpoint
 
     feed = None
     if prepared is not None and prepared.train and "rollouts" not in run.objective.needs:
@@ -205,7 +206,7 @@ def _rooms(text: str) -> dict[str, int]:
 
 def table(run: Run, plan: Plan, p: Prediction) -> Iterator[str]:
     """What trains, and the memory by what takes it."""
-    from ..plugins import kind_of
+    from ..settings.plugins import kind_of
 
     share = f", {p.trained / p.whole:.3%} of {p.whole:,}"
     yield f"base {run.model.id}: {plan.policy.base.anatomy.family}, {p.whole:,} parameters, precision {kind_of(run.precision)}"
@@ -246,7 +247,7 @@ def verdict(p: Prediction, room: int) -> str:
 def _advise(planner: Planner, run: Run, device: str, name: str, room: int) -> None:
     """The changes that help, each with what it saves; and the cheapest of them together that fit."""
     from ..errors import LuthierError
-    from ..fitting import WORTH, changes, together
+    from ..planning.fitting import WORTH, changes, together
 
     p = planner.predict(run, device)
     before = p.total
@@ -261,7 +262,7 @@ def _advise(planner: Planner, run: Run, device: str, name: str, room: int) -> No
         if saved > WORTH * before:
             typer.echo(f"  {change.setting:<30} saves {size(saved):>9}   {change.price}")
     if device == "cpu" and p.standing["allocator"] > WORTH * before:
-        from ..memory import THRESHOLD
+        from ..planning.memory import THRESHOLD
 
         saved = p.standing["allocator"]
         typer.echo(f"  {THRESHOLD + '=1000000':<30} saves {size(saved):>9}   in the environment: the same results, a quarter to a half more time")

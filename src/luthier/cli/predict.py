@@ -39,7 +39,7 @@ def command(
 ) -> None:
     """Predict: `luthier predict runs/NAME texts.txt`, or `echo "a fine film" | luthier predict runs/NAME`."""
     from ..errors import LuthierError
-    from ..measure import learned
+    from ..measuring.measure import learned
     from ..opening import load
 
     policy = load(what, model=model, precision=precision)
@@ -59,7 +59,7 @@ def command(
 
 
 def _write_rewards(policy: Any, some: list[Judged], out: Any, template: str | None, part: str | None) -> None:
-    from ..measure import rewards
+    from ..measuring.measure import rewards
 
     for item, scores in zip(some, rewards(policy, some, template=template, part=part), strict=True):
         line = {"prompt": item.chats[0].messages[: item.prompt], "answers": item.answers(), "rewards": [round(x, 4) for x in scores]}
@@ -87,7 +87,7 @@ def _judged(source: str, columns: dict[str, str]) -> Iterator[Judged]:
 
 
 def _write(policy: Any, some: list[Labelled], out: Any, probabilities: bool, part: str | None) -> None:
-    from ..measure import predict_texts
+    from ..measuring.measure import predict_texts
 
     for item, said in zip(some, predict_texts(policy, some, part=part), strict=True):
         line: dict[str, Any] = dict(zip(("text", "pair"), item.texts, strict=False)) | {"label": said["label"]}

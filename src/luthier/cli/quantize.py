@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
-    from ..calibrating import How
     from ..core import Base, Objective, Row
-    from ..measure import Mean
-    from ..progress import Reporter
+    from ..measuring.measure import Mean
+    from ..quantising.calibrating import How
+    from ..running.progress import Reporter
 
 # The options that say something to codes that are fitted, with what they are where they are not given.
 FITTED: dict[str, Any] = {
@@ -46,7 +46,7 @@ def command(
     seed: Annotated[int, typer.Option(min=0, help="Draws the calibration rows.")] = 0,
 ) -> None:
     """Quantise: `luthier quantize MODEL --calibrate text.txt --output FOLDER`. The folder is read here and by what else reads such codes."""
-    from ..progress import Reporter
+    from ..running.progress import Reporter
 
     given: dict[str, Any] = {
         "bits": bits, "group": group, "symmetric": symmetric, "calibrate": calibrate, "rows": rows, "tokens": tokens, "act_order": act_order,
@@ -60,10 +60,10 @@ def quantise(what: str, output: Path, to: str, given: dict[str, Any], *, dtype: 
     import torch
 
     from .. import build
-    from ..codes import write_folder
     from ..hub import locate
-    from ..plugins import plugin
-    from ..run import Model
+    from ..quantising.codes import write_folder
+    from ..settings.plugins import plugin
+    from ..settings.run import Model
 
     precision, how = settings(to, given, dtype)
     _refuse(output)
@@ -81,7 +81,7 @@ def quantise(what: str, output: Path, to: str, given: dict[str, Any], *, dtype: 
     size = sum(t.nbytes for t in {t.data_ptr(): t for t in base.model.state_dict().values()}.values())  # tied tensors once
     began = time.perf_counter()
     if how is None:
-        from ..quantised import pack
+        from ..quantising.quantised import pack
 
         pack(base.model, precision)
     else:
@@ -104,9 +104,9 @@ def quantise(what: str, output: Path, to: str, given: dict[str, Any], *, dtype: 
 
 def again(plain: Path, output: Path, to: str, run: Any) -> None:
     """Quantise a merged model, and say what that costs on the rows of its run."""
-    from ..measure import beside, once
+    from ..measuring.measure import beside, once
     from ..opening import load
-    from ..progress import Reporter
+    from ..running.progress import Reporter
 
     readable = run.objective.renders in ("chat", "text", "masked") and to == "gptq"
     given = {"calibrate": list(run.data.train)} if readable and run.data.train else {}
@@ -121,7 +121,7 @@ def again(plain: Path, output: Path, to: str, run: Any) -> None:
 def settings(to: str, given: dict[str, Any], dtype: str) -> tuple[Any, How | None]:
     """The precision, and how codes are fitted (None: they are not). Raises LuthierError for options that do not go together."""
     from ..errors import LuthierError
-    from ..plugins import plugin
+    from ..settings.plugins import plugin
 
     kind: Any = plugin("precision", to)
     if to != "gptq":
@@ -129,7 +129,7 @@ def settings(to: str, given: dict[str, Any], dtype: str) -> tuple[Any, How | Non
             option = "--" + next(iter(given)).replace("_", "-")
             raise LuthierError(f"{option}: says something to codes that are fitted to data, and {to} is not; leave it out, or say --to gptq")
         return kind(compute=dtype), None
-    from ..calibrating import How
+    from ..quantising.calibrating import How
 
     asked = FITTED | given
     if asked["bits"] not in (2, 3, 4, 8):
@@ -150,8 +150,8 @@ def _refuse(output: Path) -> None:
 
 
 def _in_floats(folder: Path) -> Path:
-    from ..codes import stored_in
     from ..errors import LuthierError
+    from ..quantising.codes import stored_in
 
     if (stored := stored_in(folder)) is not None:
         raise LuthierError(f"{folder}: this model is stored in {stored} already; name the model in floats that it was made from")
@@ -162,9 +162,9 @@ def _in_floats(folder: Path) -> Path:
 
 
 def _fit_rows(base: Base, given: dict[str, Any], data: list[str], seed: int, say: Reporter) -> Any:
-    from ..anatomy import features
-    from ..calibrating import read_rows
-    from ..quantised import linears
+    from ..modelling.anatomy import features
+    from ..quantising.calibrating import read_rows
+    from ..quantising.quantised import linears
 
     asked = FITTED | given
     rows = read_rows(base, asked["calibrate"], held=data, count=asked["rows"], max_tokens=asked["tokens"], seed=seed)
@@ -178,8 +178,8 @@ def _fit_rows(base: Base, given: dict[str, Any], data: list[str], seed: int, say
 
 def _held_rows(base: Base, data: list[str], seed: int, say: Reporter) -> tuple[Objective | None, list[Row]]:
     """The objective and held-out rows for codes that need no others."""
-    from ..calibrating import held_rows
     from ..errors import LuthierError
+    from ..quantising.calibrating import held_rows
 
     try:
         return held_rows(base, data, seed=seed)
@@ -191,10 +191,10 @@ def _held_rows(base: Base, data: list[str], seed: int, say: Reporter) -> tuple[O
 
 
 def _loss(base: Base, objective: Objective | None, held: list[Row]) -> Mean | None:
-    from ..calibrating import batches
-    from ..evaluate import loss_on
-    from ..measure import Mean
+    from ..measuring.evaluate import loss_on
+    from ..measuring.measure import Mean
     from ..policy import Policy
+    from ..quantising.calibrating import batches
 
     if objective is None or not held or base.probes.get("head", 0.0) is None:  # an encoder whose files lack their head
         return None
@@ -208,8 +208,8 @@ def _loss(base: Base, objective: Objective | None, held: list[Row]) -> Mean | No
 
 def _blocks(base: Base, precision: Any, rows: Any, how: How, say: Reporter) -> None:
     """Fit block by block, a line for each."""
-    from ..calibrating import calibrate
-    from ..progress import clock
+    from ..quantising.calibrating import calibrate
+    from ..running.progress import clock
 
     say.head("error of each block's linears, as a share of what they give (rounded to nearest, on the same grid)")
     began = time.perf_counter()
@@ -224,7 +224,7 @@ def _blocks(base: Base, precision: Any, rows: Any, how: How, say: Reporter) -> N
 
 def _counted(base: Base, say: Reporter) -> str:
     """Bits a weight, and what of the blocks stays in floats."""
-    from ..packed import packed
+    from ..modelling.packed import packed
 
     parts = [p for _, p in packed(base.model)]
     count = sum(p.count for p in parts)
@@ -238,7 +238,7 @@ def _counted(base: Base, say: Reporter) -> str:
 
 def _carry(source: Path, output: Path) -> None:
     """A trained head and what is known of it come along."""
-    from ..adapter import HEADS, OURS
+    from ..saving.adapter import HEADS, OURS
 
     if (source / HEADS).is_file() and (source / OURS).is_file():
         shutil.copy2(source / HEADS, output / HEADS)

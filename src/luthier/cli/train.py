@@ -9,9 +9,9 @@ import typer
 
 if TYPE_CHECKING:
     from ..policy import Policy
-    from ..progress import Reporter
-    from ..run import Run
-    from ..stages import Stages
+    from ..running.progress import Reporter
+    from ..settings.run import Run
+    from ..staging.stages import Stages
 
 RUN_FILES = (".yaml", ".yml")
 
@@ -35,8 +35,8 @@ def command(
 
     A run file with `stages` trains them in order into runs/NAME/1-FIRST, 2-SECOND, ...; stages.NAME.KEY=VALUE changes one, stages.all.KEY=VALUE each of them.
     """
-    from ..config import ConfigError, load_run
-    from ..stages import has_stages
+    from ..settings.config import ConfigError, load_run
+    from ..staging.stages import has_stages
 
     file, data, settings = asked(what or [], model, method, objective)
     staged = file or (str(resume / "run.yaml") if resume is not None and (resume / "run.yaml").is_file() else None)
@@ -55,14 +55,14 @@ def command(
             raise ConfigError(f"{resume}: no run.yaml here, so it is no run folder; runs are in runs/")
     run = load_run(file, settings)
 
-    from ..launched import launched
-    from ..progress import Reporter
+    from ..devices.launched import launched
+    from ..running.progress import Reporter
 
     reporter = Reporter(quiet=quiet or not launched().leads)
     if dry_run:
         _count(run, reporter)
         return
-    from ..session import execute
+    from ..running.starting import execute
 
     result = execute(run, resume=resume, accept_changes=accept_changes, reporter=reporter)
     reporter.result(result)
@@ -81,10 +81,10 @@ def _say_next(run: Run, where: Path, reporter: Reporter) -> None:
 
 def _train_stages(file: str, settings: list[str], resume: Path | None, stage: str | None, accept_changes: bool, dry_run: bool, quiet: bool) -> None:
     """A run file with stages: all of them, or one; and one report over all."""
+    from ..devices.launched import launched
     from ..errors import LuthierError
-    from ..launched import launched
-    from ..progress import Reporter
-    from ..stages import load_stages
+    from ..running.progress import Reporter
+    from ..staging.stages import load_stages
 
     if launched().size > 1:
         raise LuthierError(f"{file}: a file with stages is trained by one process; make each stage a run file of its own to train it with torchrun")
@@ -93,9 +93,9 @@ def _train_stages(file: str, settings: list[str], resume: Path | None, stage: st
     if dry_run:
         _count_stages(stages, stage, reporter)
         return
-    from .. import overview
-    from ..ledger import Ledger
-    from ..relay import train_stages
+    from ..staging import overview
+    from ..staging.ledger import Ledger
+    from ..staging.relay import train_stages
 
     outcome = train_stages(stages, resume=resume, only=stage, accept_changes=accept_changes, reporter=reporter)
     ledger = Ledger.read(outcome.folder)
@@ -116,7 +116,7 @@ def asked(what: list[str], model: str | None, method: str | None, objective: str
 
 def _sort(what: list[str]) -> tuple[str | None, list[str], list[str]]:
     """(run file, data, key=value settings) of the free arguments."""
-    from ..config import ConfigError
+    from ..settings.config import ConfigError
 
     files = [w for w in what if w.endswith(RUN_FILES)]
     settings = [w for w in what if "=" in w and not w.endswith(RUN_FILES) and not Path(w).exists()]
@@ -138,8 +138,9 @@ def _count(run: Run, reporter: Reporter) -> None:
 
     import torch
 
-    from .. import build, difficulty, forgetting
-    from ..microbatch import lacks_labels, with_labels
+    from .. import build
+    from ..forgetting import difficulty, forgetting
+    from ..planning.microbatch import lacks_labels, with_labels
 
     run, _ = build.resolve(run)
     forgetting.check(run)
@@ -155,8 +156,8 @@ def _count(run: Run, reporter: Reporter) -> None:
 
 def _count_stages(stages: Stages, only: str | None, reporter: Reporter) -> None:
     """What each stage would train, from configurations alone; the model an earlier stage leaves has the modules of the one it begins from."""
-    from ..rehearsal import assemble, check_handed
-    from ..stages import handed
+    from ..staging.rehearsal import assemble, check_handed
+    from ..staging.stages import handed
 
     for note in stages.notes:
         reporter.note(note)
@@ -180,6 +181,6 @@ def _say_counts(run: Run, policy: Policy, reporter: Reporter) -> None:
 
 
 def _kind(plug: object) -> str:
-    from ..plugins import kind_of
+    from ..settings.plugins import kind_of
 
     return kind_of(plug)

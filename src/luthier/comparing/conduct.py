@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .. import config
 from ..errors import LuthierError
-from ..plugins import kind_of
-from ..quantised import LARGE
+from ..quantising.quantised import LARGE
+from ..settings import config
+from ..settings.plugins import kind_of
 from . import budget
 from .budget import LOOKS, Cost
 from .state import State

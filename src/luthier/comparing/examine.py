@@ -11,15 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import adapter, references
+from .. import references
 from ..core import Row, example_logps
 from ..data.prepare import Prepared
 from ..data.render import render_prompt
-from ..evaluate import loss_on
-from ..measure import OWN_TASK, answer_rows, as_answer, group, once, predict, task_rows, to_device
-from ..plugins import kind_of, plugin
+from ..measuring.evaluate import loss_on
+from ..measuring.measure import OWN_TASK, answer_rows, as_answer, group, once, predict, task_rows, to_device
 from ..policy import Policy
-from ..run import Data, Run
+from ..saving import adapter
+from ..settings.plugins import kind_of, plugin
+from ..settings.run import Data, Run
 from . import latency
 from .held import Tests
 
@@ -138,7 +139,7 @@ def examine(policy: Policy, objective: Any, tests: Tests, run: Run, *, most: int
 
 def copied(train: Sequence[Row], tests: Tests, tokenizer: Any, most: int, labels: Sequence[str] = ()) -> list[str]:
     """The copying baseline: the answer, or the label, of the training row whose prompt is most like the test row's. Texts are read back from tokens."""
-    from ..evaluate import nearest_copy
+    from ..measuring.evaluate import nearest_copy
 
     pairs = []
     for row in train:

@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 
-from .. import build, config, counts
+from .. import build, counts
 from ..core import LuthierError
-from ..measure import task_rows
-from ..microbatch import lacks_labels, with_labels
+from ..measuring.measure import task_rows
 from ..optim import default_lr
+from ..planning.microbatch import lacks_labels, with_labels
 from ..policy import Policy
 from ..reading import fitted, form_of
-from ..run import Run
+from ..settings import config
+from ..settings.run import Run
 from . import examine
 from .held import Reading
 from .observing import now

@@ -16,9 +16,9 @@ from typing import Any
 from ..core import LuthierError, Row
 from ..data.prepare import DECODER, Prepared, prepare
 from ..data.rows import Form
-from ..plugins import kind_of
 from ..reading import made_of, read_data
-from ..run import Run
+from ..settings.plugins import kind_of
+from ..settings.run import Run
 
 TIMES = 3  # data.validation_rows is held out so often where one part is for testing
 IN_THREE = 3  # of so many prompts one is for choosing

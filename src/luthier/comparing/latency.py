@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from ..core import Incompatible, LuthierError, Row
-from ..measure import predict
-from ..merging import foldable, probe_ids, write_out
-from ..packed import packed
+from ..measuring.measure import predict
+from ..modelling.packed import packed
+from ..modelling.site import unwrap
 from ..policy import Policy
-from ..site import unwrap
+from ..saving.merging import foldable, probe_ids, write_out
 
 SHORT, LONG = 17, 49  # new tokens: both lay weights out for decoding, so their difference is tokens alone
 TIMES = 5

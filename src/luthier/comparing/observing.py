@@ -12,13 +12,13 @@ from typing import Any
 import psutil
 from rich.console import Console
 
-from .. import config
 from ..crafting import put
-from ..evaluate import score
-from ..measure import OWN_TASK, Measures, answer_rows, group, score_labels, task_rows
-from ..progress import Reporter
-from ..run import Checkpoint, Run
-from ..session import Session
+from ..measuring.evaluate import score
+from ..measuring.measure import OWN_TASK, Measures, answer_rows, group, score_labels, task_rows
+from ..running.progress import Reporter
+from ..running.session import Session
+from ..settings import config
+from ..settings.run import Checkpoint, Run
 from ..train import Step
 from . import examine
 from .held import Reading

@@ -9,7 +9,7 @@ from statistics import mean
 from typing import Any
 
 from ..nn.intervals import Interval
-from ..plugins import kind_of, plugin
+from ..settings.plugins import kind_of, plugin
 from . import scoring
 from .conduct import Found, Standing
 from .pareto import front

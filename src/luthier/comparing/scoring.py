@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import marks
+from ..measuring import marks
 from ..nn import intervals
 
 LOSS = "held-out loss"

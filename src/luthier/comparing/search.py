@@ -14,7 +14,8 @@ from typing import Any
 
 from .. import atomic
 from ..core import LuthierError
-from ..session import Result, execute
+from ..running.result import Result
+from ..running.starting import execute
 from . import budget
 from .held import Reading
 from .observing import Observer, events, now, run_of

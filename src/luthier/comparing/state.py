@@ -16,8 +16,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .. import atomic, runfile
+from .. import atomic
 from ..errors import LuthierError
+from ..settings import runfile
 
 ASKED, PROGRESS = "compare.yaml", "progress.json"
 FREE = ("minutes", "target")  # of what was asked: may be another when a comparison goes on

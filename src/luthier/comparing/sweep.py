@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import config, runfile
 from ..errors import ConfigError
-from ..plugins import hints, kind_of, plugin, unwrap
-from ..run import Run
-from ..runfile import Tree
+from ..settings import config, runfile
+from ..settings.plugins import hints, kind_of, plugin, unwrap
+from ..settings.run import Run
+from ..settings.runfile import Tree
 
 METHODS = ("crafted_prompt", "lora", "adapter", "prefix", "prompt", "full")  # compared where none is named
 ALIASES = {"methods": "method", "seeds": "seed", "models": "model"}

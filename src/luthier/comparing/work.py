@@ -14,10 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .. import checkpoint, config
 from ..core import LuthierError
 from ..errors import Interrupted
-from ..session import execute
+from ..running.starting import execute
+from ..saving import checkpoint
+from ..settings import config
 from . import examine
 from .apart import STOPPED, USER
 from .budget import LOOKS

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..config import error_at
+from ..settings.config import error_at
 from .translation import Translation, batch, default, every, floats, logging, model, modules, optimizer, schedule, steps_and_epochs, validation
 
 NAME = "llama-factory"

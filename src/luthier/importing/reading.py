@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, LuthierError
-from ..names import nearest
-from ..run import Run
-from ..runfile import Tree, read_file
+from ..settings.names import nearest
+from ..settings.run import Run
+from ..settings.runfile import Tree, read_file
 from . import axolotl, llama_factory, trl
 from .translation import Line, Translation, text
 

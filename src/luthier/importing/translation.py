@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config import error_at, plain, run_of
-from ..names import foreign
-from ..run import Run
-from ..runfile import Key, Tree, write
+from ..settings.config import error_at, plain, run_of
+from ..settings.names import foreign
+from ..settings.run import Run
+from ..settings.runfile import Key, Tree, write
 
 LOGGERS = ("tensorboard", "wandb", "trackio")
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant", "cosine_with_min_lr": "cosine"}

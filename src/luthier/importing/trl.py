@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..config import error_at
+from ..settings.config import error_at
 from .translation import Translation, batch, default, every, floats, logging, model, modules, optimizer, schedule, steps_and_epochs
 
 NAME = "trl"

@@ -31,13 +31,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import dropout, gelu, linear, relu, silu
 
-from .. import adapterhub
-from ..anatomy import Block, blocks, modules
 from ..core import Base, Delta, Incompatible
+from ..deltas import adapterhub
 from ..errors import ConfigError
-from ..plugins import Range, within_ranges
-from ..site import Edit, current, site_at
-from ..wiring import wirings
+from ..modelling.anatomy import Block, blocks, modules
+from ..modelling.site import Edit, current, site_at
+from ..modelling.wiring import wirings
+from ..settings.plugins import Range, within_ranges
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": relu, "gelu": gelu, "silu": silu}
 

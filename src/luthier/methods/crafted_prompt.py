@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..core import Base, Delta, Incompatible, Row
-from ..plugins import Range, within_ranges
-from ..prompts import leave_room
+from ..deltas.prompts import leave_room
+from ..settings.plugins import Range, within_ranges
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,12 +30,12 @@ import torch
 from torch import Tensor, nn
 
 from ..core import Base, Delta, Incompatible, LuthierError
+from ..deltas.standin import Value, Weight, weights
 from ..errors import ConfigError
+from ..modelling.packed import packed
+from ..modelling.site import Site
 from ..nn.hard_concrete import HardConcrete, gated, logistic_
-from ..packed import packed
-from ..plugins import Range, within_ranges
-from ..site import Site
-from ..standin import Value, Weight, weights
+from ..settings.plugins import Range, within_ranges
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from ..core import Base, Incompatible
-from ..lowrank import Pair
-from ..lowrank import from_peft as pairs_of
-from ..packed import PackedLinear
-from ..shards import gathered
+from ..deltas.lowrank import Pair
+from ..deltas.lowrank import from_peft as pairs_of
+from ..modelling.packed import PackedLinear
+from ..modelling.shards import gathered
 from . import lora
 
 

@@ -17,11 +17,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ..anatomy import device_of, features
 from ..core import Base, Delta, Incompatible
-from ..layout import TOP, common, exactly, without
-from ..outputs import at_sites
-from ..site import Edit, site_at
+from ..deltas.layout import TOP, common, exactly, without
+from ..deltas.outputs import at_sites
+from ..modelling.anatomy import device_of, features
+from ..modelling.site import Edit, site_at
 
 
 class Rescale(Edit):

@@ -24,13 +24,13 @@ from torch.nn.functional import dropout as drop
 from torch.nn.functional import embedding as look_up
 from torch.nn.functional import linear
 
-from ..anatomy import dense_weight, device_of, features
 from ..core import Base, Delta, Incompatible, LuthierError
-from ..layout import common, uses
-from ..lowrank import Pair, best, by_place, fields_of, from_peft, places, to_peft
-from ..outputs import at_sites
-from ..plugins import Range, within_ranges
-from ..site import Edit, site_at
+from ..deltas.layout import common, uses
+from ..deltas.lowrank import Pair, best, by_place, fields_of, from_peft, places, to_peft
+from ..deltas.outputs import at_sites
+from ..modelling.anatomy import dense_weight, device_of, features
+from ..modelling.site import Edit, site_at
+from ..settings.plugins import Range, within_ranges
 
 
 class LoraEdit(Edit):

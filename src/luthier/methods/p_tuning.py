@@ -15,10 +15,10 @@ from typing import Annotated, Any, ClassVar, Literal
 from torch import Tensor
 
 from ..core import Base, Delta
-from ..layout import virtual
+from ..deltas.layout import virtual
+from ..deltas.prompts import Virtual, leave_room
 from ..nn.prompts import Encoded
-from ..plugins import Range
-from ..prompts import Virtual, leave_room
+from ..settings.plugins import Range
 
 
 @dataclass(frozen=True, kw_only=True)

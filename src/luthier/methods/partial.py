@@ -20,13 +20,13 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ..anatomy import modules
 from ..core import Base, Delta, Incompatible
+from ..deltas.standin import Value, Weight, weights
 from ..errors import ConfigError
-from ..packed import packed
-from ..plugins import Range, within_ranges
-from ..shards import whole
-from ..standin import Value, Weight, weights
+from ..modelling.anatomy import modules
+from ..modelling.packed import packed
+from ..modelling.shards import whole
+from ..settings.plugins import Range, within_ranges
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,9 +18,9 @@ from typing import Annotated, Any, Literal
 from torch import Tensor
 
 from ..core import Base, Delta
-from ..deep import attach_prefix, read_prefix
-from ..plugins import Range
-from ..prompts import Virtual
+from ..deltas.deep import attach_prefix, read_prefix
+from ..deltas.prompts import Virtual
+from ..settings.plugins import Range
 
 
 @dataclass(frozen=True, kw_only=True)

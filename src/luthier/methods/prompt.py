@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from ..core import Base, Delta
-from ..layout import virtual
+from ..deltas.layout import virtual
+from ..deltas.prompts import Virtual, leave_room, starting_ids
 from ..nn.prompts import Table
-from ..prompts import Virtual, leave_room, starting_ids
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from ..core import IGNORE, Base, Batch, Loss, LuthierError, Policy, Renders, Row, inputs_of, lay_out, source_of
-from ..plugins import Range, within_ranges
+from ..settings.plugins import Range, within_ranges
 
 HEAD = "label"  # the head's name in a policy
 Problem = Literal["auto", "single", "multiple", "regression"]

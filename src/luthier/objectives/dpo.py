@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..core import Base, Batch, Incompatible, Loss, LuthierError, Policy, Renders, Row, example_logps, joined_batch, reference_logps
 from ..nn import preferences
-from ..plugins import Range, within_ranges
+from ..settings.plugins import Range, within_ranges
 from .reward import by_row
 
 

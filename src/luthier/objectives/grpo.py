@@ -25,7 +25,7 @@ from torch import nn
 
 from ..core import Answer, Base, Batch, Loss, LuthierError, Policy, Renders, Row, answered_batch
 from ..nn import rewarded
-from ..plugins import Range, within_ranges
+from ..settings.plugins import Range, within_ranges
 from .ppo import cannot_answer, collapse, enough_answers, policy_loss, something_rewarded
 
 

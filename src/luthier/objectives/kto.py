@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..core import Base, Batch, Loss, Policy, Renders, Row, example_logps, examples_of, join, joined_batch, reference_logps
 from ..nn import preferences
-from ..plugins import Range, within_ranges
+from ..settings.plugins import Range, within_ranges
 from .dpo import cannot_write
 
 

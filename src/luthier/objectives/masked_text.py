@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from ..core import IGNORE, Base, Batch, Incompatible, Loss, Policy, Renders, Row, lay_out, next_token_batch, next_token_loss, next_token_losses
 from ..nn.corruption import Hiding, choose_spans, choose_tokens, hide_spans, hide_tokens
-from ..plugins import Range, within_ranges
+from ..settings.plugins import Range, within_ranges
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..core import IGNORE, PACKED_MULTIPLE, PADDED_MULTIPLE, Base, Batch, Incompatible, Loss, LuthierError, Policy, Renders, Row, Segments, Stream, round_up
 from ..errors import ConfigError
-from ..plugins import Plug, Range, kind_of, kinds, plugin, within_ranges
+from ..settings.plugins import Plug, Range, kind_of, kinds, plugin, within_ranges
 
 APART = "/"  # between a part's name and its head's
 

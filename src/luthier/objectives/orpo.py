@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..core import IGNORE, Base, Batch, Loss, Policy, Renders, Row, example_logps
 from ..nn import preferences
-from ..plugins import Range, within_ranges
+from ..settings.plugins import Range, within_ranges
 from .dpo import cannot_write, pair_metrics, pairs_batch
 from .reward import by_row
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from ..core import Answer, Base, Batch, Incompatible, Loss, LuthierError, Policy, Renders, Row, answered_batch, next_token_loss, scored, token_values
 from ..nn import rewarded
-from ..plugins import Range, within_ranges
+from ..settings.plugins import Range, within_ranges
 
 WARMING = "warming"  # a unit of batches from which only the value learns
 

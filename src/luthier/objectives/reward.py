@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..core import Base, Batch, Loss, LuthierError, Policy, Renders, Row, joined_batch
 from ..nn import preferences
-from ..plugins import Range, within_ranges
+from ..settings.plugins import Range, within_ranges
 from .classify import HEAD, new_head
 
 

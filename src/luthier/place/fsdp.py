@@ -15,14 +15,14 @@ from typing import Annotated, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..context import Group as Sharers
-from ..context import joined as sharers
 from ..core import LuthierError
-from ..device import OnDevice, Together
-from ..launched import launched
-from ..plugins import Range, within_ranges
-from ..ranks import Group, joined
-from ..sharding import Sharding, choose, sharding_of
+from ..devices.device import OnDevice, Together
+from ..devices.launched import launched
+from ..devices.ranks import Group, joined
+from ..devices.sharding import Sharding, choose, sharding_of
+from ..modelling.context import Group as Sharers
+from ..modelling.context import joined as sharers
+from ..settings.plugins import Range, within_ranges
 
 T = TypeVar("T")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..device import OnDevice
+from ..devices.device import OnDevice
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core import Incompatible, LuthierError
+from ..modelling.packed import PackedLinear
 from ..nn import affine
 from ..nn.gptq import Grid, Solved, nearest
-from ..packed import PackedLinear
 
 LEAVES = ("qweight", "qzeros", "scales", "g_idx")
 FORMATS = ("gptq", "gptq_v2")

@@ -13,10 +13,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from .. import bnb
 from ..core import LuthierError
+from ..modelling.packed import PackedLinear
 from ..nn import int8
-from ..packed import PackedLinear
+from ..quantising import bnb
 
 
 @dataclass(frozen=True, kw_only=True)

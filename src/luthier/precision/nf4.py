@@ -15,10 +15,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from .. import bnb
 from ..core import LuthierError
+from ..modelling.packed import PackedLinear
 from ..nn import nf4
-from ..packed import PackedLinear
+from ..quantising import bnb
 
 Kernels = Literal["auto", "torch", "bitsandbytes"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import atomic
-from ..runfile import write as yaml
+from ..settings.runfile import write as yaml
 from . import verdict
 from .facts import GENERAL, Facts, mapping, read
 from .hashes import CARD

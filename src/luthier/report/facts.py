@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, LuthierError
-from ..runfile import read_file
+from ..settings.runfile import read_file
 
 FACTS, FAILED, STAGES = "facts.json", "failed.json", "stages.json"
 

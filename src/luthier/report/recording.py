@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 
 from .. import __version__, atomic, counts
-from ..config import plain, spelled
 from ..core import Row, examples_of
 from ..data.preview import pieces
 from ..errors import Interrupted
-from ..plugins import kind_of
 from ..policy import Policy
-from ..run import Run
+from ..settings.config import plain, spelled
+from ..settings.plugins import kind_of
+from ..settings.run import Run
 from .facts import FACTS, FAILED
 
 EXAMPLES = 3  # rows that are shown with their trained tokens

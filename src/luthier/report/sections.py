@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from ..data.preview import MEANING
-from ..runfile import write
+from ..settings.runfile import write
 from . import curves as curves_of
 from . import verdict as words
 from .facts import IN_LINES, Facts, Number, flat, is_kept, mapping

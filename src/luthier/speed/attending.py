@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import attention
-from ..anatomy import is_linear
 from ..core import Segments
-from ..site import Frame, Site, current, using
+from ..modelling import attention
+from ..modelling.anatomy import is_linear
+from ..modelling.site import Frame, Site, current, using
 from .compiled import RowKernels
 from .form import Form
 from .rows import Rotate

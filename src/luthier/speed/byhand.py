@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import attention
-from ..attention import How, prefix_of
 from ..core import Segments, round_up
-from ..site import Frame
+from ..modelling import attention
+from ..modelling.attention import How, prefix_of
+from ..modelling.site import Frame
 from . import compiled
 from .compiled import NAMES, Kernels, Places
 from .selftest import attends

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..shards import is_sharded
+from ..modelling.shards import is_sharded
 
 log = logging.getLogger("luthier.speed")
 

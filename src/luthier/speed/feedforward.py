@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..anatomy import features
-from ..site import Frame, Site, current, using
+from ..modelling.anatomy import features
+from ..modelling.site import Frame, Site, current, using
 from .compiled import RowKernels
 from .form import Form
 from .linears import Frozen, Group, Term, factors, scales

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ..packed import PackedLinear
+from ..modelling.packed import PackedLinear
 
 
 class Frozen:

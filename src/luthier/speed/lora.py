@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..anatomy import blocks, features
 from ..core import Incompatible
-from ..site import Frame, Site, current, sites, using
+from ..modelling.anatomy import blocks, features
+from ..modelling.site import Frame, Site, current, sites, using
 from .linears import Frozen, Term, products
 from .selftest import at_hand, differs, evaluating
 

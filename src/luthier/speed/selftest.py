@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import attention
-from ..attention import How
 from ..core import Segments
-from ..shards import gathered
-from ..site import Frame, using
+from ..modelling import attention
+from ..modelling.attention import How
+from ..modelling.shards import gathered
+from ..modelling.site import Frame, using
 
 TOKENS = 24
 PREFIX = 4  # of these, where attention is compared: keys and values that stand before the others

@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import attention
-from ..across import flash
-from ..anatomy import attentions
-from ..attention import KV, How
 from ..core import Segments
-from ..site import Frame
+from ..modelling import attention
+from ..modelling.across import flash
+from ..modelling.anatomy import attentions
+from ..modelling.attention import KV, How
+from ..modelling.site import Frame
 from .selftest import attends
 
 log = logging.getLogger("luthier.speed")

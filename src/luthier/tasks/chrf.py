@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from ..nn.intervals import chrf
-from ..plugins import Range, within_ranges
+from ..settings.plugins import Range, within_ranges
 from .bleu import references
 
 CHARACTERS = 6

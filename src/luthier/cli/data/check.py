@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ...data.inspection import Inspection, Report
     from ...data.quality import Split
     from ...data.steps import File
-    from ...run import Run
+    from ...settings.run import Run
 
 CLEAN, WARNINGS, ERRORS = 0, 3, 4  # 1 is a fault of the program and 2 one of the command line, as everywhere
 EVERY = 10.0  # seconds between lines where there is no terminal to draw a bar on
@@ -88,13 +88,13 @@ def _inspection(
 ) -> Inspection:  # fmt: skip
     """What is to be looked at, and how rows are made of it."""
     from ...build import load, load_tokenizer
-    from ...config import load_run
     from ...data.inspection import Inspection
     from ...data.prepare import Reader
     from ...data.quality import Setting
     from ...data.steps import expected_rows
-    from ...plugins import kind_of, plugin
     from ...reading import form_of, made_of
+    from ...settings.config import load_run
+    from ...settings.plugins import kind_of, plugin
 
     sources = [w for w in what if "=" not in w or Path(w).exists()]
     settings = [w for w in what if w not in sources]

@@ -13,10 +13,10 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ...collecting import Answered
     from ...data.questions import Question
-    from ...endpoint import Endpoint
-    from ...judging import Judgement
+    from ...feedback.collecting import Answered
+    from ...feedback.endpoint import Endpoint
+    from ...feedback.judging import Judgement
 
 AT_ONCE = 8  # prompts answered together
 LINE_EVERY = 10.0  # seconds between lines where there is no terminal to draw a bar on
@@ -61,9 +61,9 @@ def command(
     """AI feedback: `luthier data judge runs/NAME prompts.jsonl --endpoint http://127.0.0.1:8000/v1 --principle "Choose ..." --output preferences.jsonl`."""
     from rich.console import Console
 
-    from ...collecting import Ahead, Sampling, asked_of, in_turn, left_to_do, opened, some
     from ...data.collected import Collected
-    from ...judging import Judge, Tally, judge_all
+    from ...feedback.collecting import Ahead, Sampling, asked_of, in_turn, left_to_do, opened, some
+    from ...feedback.judging import Judge, Tally, judge_all
 
     rules = principles_of(principle or [], principles)
     asked = asked_of(what, prompts, prompt or [], columns=column or [], limit=limit)
@@ -139,7 +139,7 @@ def _lines(judgement: Judgement, source: dict[str, Any], *, pairs: bool, drop: b
 def principles_of(given: list[str], file: Path | None) -> list[str]:
     """The principles of the command line and of a file; one of our own where there are none. Raises LuthierError for a file without any."""
     from ...errors import LuthierError
-    from ...judging import PRINCIPLE
+    from ...feedback.judging import PRINCIPLE
 
     found = [p.strip() for p in given if p.strip()]
     if file is not None:
@@ -157,8 +157,8 @@ def principles_of(given: list[str], file: Path | None) -> list[str]:
 
 def server_of(url: str, model: str | None, key_env: str | None, timeout: float, say: Callable[[str], None]) -> Endpoint:
     """The judge. Raises LuthierError where it is not said, or found out, which model it is."""
-    from ...endpoint import Endpoint, key_of
     from ...errors import LuthierError
+    from ...feedback.endpoint import Endpoint, key_of
 
     server = Endpoint(url, model or "", key=None if key_env is None else key_of(key_env), timeout=timeout)
     if key_env is not None and not server.is_local and server.url.startswith("http://"):
@@ -179,7 +179,7 @@ def progress(console: Console, total: int, doing: str = "judging", has: str = "j
 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from ...progress import clock
+    from ...running.progress import clock
 
     if console.is_terminal:
         columns = (TextColumn(doing), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())

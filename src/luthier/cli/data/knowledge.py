@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ...data.facts import Fact
-    from ...knowledge import Probe, Probed, Report
+    from ...forgetting.knowledge import Probe, Probed, Report
 
 EXAMPLES = 3  # shown of each category
 PROMPT_LINES = 24  # of the prompt that is shown
@@ -56,11 +56,11 @@ def command(
     """What the model knows, by SliCK (Gekhman et al., 2024): `luthier data knowledge QA.jsonl --model runs/NAME --out known.jsonl`."""
     from rich.console import Console
 
-    from ...collecting import opened, some
     from ...data.facts import read_facts, read_patterns
     from ...data.known import caps_of, named
     from ...errors import Interrupted, LuthierError
-    from ...knowledge import Asking, Probe, Report
+    from ...feedback.collecting import opened, some
+    from ...forgetting.knowledge import Asking, Probe, Report
     from .judge import progress
 
     if out is None and (keep or cap or order != "file"):
@@ -125,7 +125,7 @@ def _drawn(facts: Sequence[Fact], limit: int | None, seed: int) -> list[Fact]:
 def _say_plan(console: Console, probe: Probe, todo: int, model: str, rows: int) -> None:
     from rich.text import Text
 
-    from ...collecting import some
+    from ...feedback.collecting import some
 
     how, asked = probe.how, len(probe.facts)
     of = f" of {rows:,}" if asked < rows else ""
@@ -167,7 +167,7 @@ def _table(console: Console, report: Report, rows: int) -> None:
 
 def _examples(console: Console, probed: Sequence[Probed]) -> None:
     from ...nn.slick import CATEGORIES
-    from ..data.prefer import on_screen
+    from .prefer import on_screen
 
     for name in CATEGORIES:
         here = [p for p in probed if p.category == name]

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from ...collecting import Answered
     from ...data.collected import Collected
+    from ...feedback.collecting import Answered
 
 RANKING = """  2 1 3 4   answer 2 is the best, then 1, 3 and 4
   2=1 3     2 and 1 are as good as one another, and better than 3
@@ -55,8 +55,8 @@ def command(
     """Rank a model's answers: `luthier data prefer runs/NAME prompts.jsonl --output preferences.jsonl`. ? at the first question says what can be typed."""
     from rich.console import Console
 
-    from ...collecting import Ahead, Sampling, asked_of, in_turn, left_to_do, opened
     from ...data.collected import Collected
+    from ...feedback.collecting import Ahead, Sampling, asked_of, in_turn, left_to_do, opened
 
     asked = asked_of(what, prompts, prompt or [], columns=column or [], limit=limit)
     file = Collected(output, "chosen" if pairs else "ranked", source=prompts or what)
@@ -196,7 +196,7 @@ class Session:
         return True
 
     def result(self) -> str:
-        from ...collecting import some
+        from ...feedback.collecting import some
 
         written = sum(w for _, w in self.before)
         alike = f"; {some(self.alike, 'prompt')} had no two answers to compare, the last: {self.last_why}" if self.alike else ""

@@ -21,11 +21,11 @@ def command(
     from rich.text import Text
 
     from ...build import load, load_tokenizer
-    from ...config import load_run
     from ...core import LuthierError
     from ...data.preview import show
-    from ...plugins import plugin
     from ...reading import form_of, read_data
+    from ...settings.config import load_run
+    from ...settings.plugins import plugin
 
     for setting in settings or []:
         if "=" not in setting:

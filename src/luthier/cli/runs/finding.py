@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import LuthierError
-from ...names import nearest
+from ...settings.names import nearest
 
 if TYPE_CHECKING:
     from rich.console import Console

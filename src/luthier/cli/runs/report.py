@@ -44,9 +44,9 @@ def _predict(run: object) -> None:
     from pathlib import Path
 
     from ... import build
-    from ...config import load_run
     from ...errors import LuthierError
-    from ...foresight import add_memory
+    from ...planning.foresight import add_memory
+    from ...settings.config import load_run
 
     where = Path(str(run))
     try:

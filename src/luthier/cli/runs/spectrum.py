@@ -19,8 +19,9 @@ def command(
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write every matrix with its singular values, as JSON.")] = None,
 ) -> None:
     """Of LoRA how much of its rank is used; of full fine-tuning which rank would have held the change."""
-    from ... import atomic, spectrum
-    from ...progress import LINE_EVERY, Reporter
+    from ... import atomic
+    from ...forgetting import spectrum
+    from ...running.progress import LINE_EVERY, Reporter
     from .finding import folder
 
     path = Path(name) if Path(name).is_dir() else folder(name, context.obj)
@@ -47,7 +48,7 @@ def command(
 
 
 def _cells(r: object, given: bool) -> list[str]:
-    from ...spectrum import Row
+    from ...forgetting.spectrum import Row
 
     assert isinstance(r, Row)
     size = [] if given else ["" if r.size is None else f"{r.size:.2%}"]

@@ -1,0 +1,1 @@
+"""Models one after the other over tasks and data: luthier eval."""

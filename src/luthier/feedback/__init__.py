@@ -1,0 +1,1 @@
+"""Where rewards and judgements come from, and runs that learn from a model's own answers."""

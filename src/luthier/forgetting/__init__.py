@@ -1,0 +1,1 @@
+"""What a run keeps of its base and what it knows; what is done against forgetting."""

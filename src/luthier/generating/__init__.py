@@ -1,0 +1,1 @@
+"""Answers: hidden states of the next position, caches, sampling."""

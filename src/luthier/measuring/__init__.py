@@ -1,0 +1,1 @@
+"""Scores of a model over rows, with counts and intervals."""

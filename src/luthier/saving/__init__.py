@@ -1,0 +1,1 @@
+"""What stays on disk of a model: adapter folders, merged and combined models, checkpoints, tensors that lie over ranks."""
