@@ -53,7 +53,11 @@ def markdown(document: dict[str, Any]) -> str:
     if curves := document.get("curves"):
         parts += ["## Equal results", *curved(curves)]
     if tried := document.get("ab"):
-        parts += ["## Each switch by itself", *(text for r in tried for text in (what(r), _machine(r["date"], r["machine"]), tabled(switches.rows(r))))]
+        parts += [
+            "## Each switch by itself",
+            switches.HOW,
+            *(text for r in tried for text in (what(r), _machine(r["date"], r["machine"]), tabled(switches.rows(r)))),
+        ]
     for result in results:
         parts += [f"## {result['workload']['name']}", *detailed(result)]
     return "\n\n".join(parts)

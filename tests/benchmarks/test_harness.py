@@ -10,7 +10,7 @@ import pytest
 import torch
 
 driver = pytest.importorskip("benchmarks.driver", reason="psutil and rich come with the benchmarks")
-from benchmarks import catalogue, examples, gradients, limit, minutes, models, ours, page, peers, reference, report, workload  # noqa: E402
+from benchmarks import catalogue, examples, gradients, limit, minutes, models, ours, page, peers, reference, report, switches, workload  # noqa: E402
 from benchmarks.workload import Workload  # noqa: E402
 
 TINY = Workload("tiny", hidden=16, layers=2, heads=2, ff=32, vocabulary=64, rank=2, examples=3, steps=2, threads=1)
@@ -185,3 +185,14 @@ def test_outcomes_say_which_targets_were_met_and_what_a_peer_that_does_not_run_l
     wants = {"default": 8.0, "tuned": 4.0, "memory": 0.4, "distance": 1.8}
     got = {o["what"]: (o["got"], o["met"]) for o in report.outcomes({"columns": columns, "workload": {"wants": wants}})}
     assert got == {"default": (None, False), "tuned": (5.0, True), "memory": (None, False), "distance": (2.0, False)}
+
+
+def test_ours_is_run_first_and_last_and_switches_are_held_against_the_mean_of_both():
+    columns = list(switches.variants(TINY))
+    assert columns[0] == ours.OURS and columns[-1] == switches.AGAIN and switches.PLAIN in columns
+    made = {c: {"runs": [{}], "gate": {"passed": True}} for c in columns}
+    seconds = dict.fromkeys(columns, 3.0) | {ours.OURS: 1.0, switches.AGAIN: 2.0}
+    for c, s in made.items():
+        s["runs"] = [{"summary": {"step_median_s": seconds[c], "step_min_s": 1.0, "peak_mib": 1.0, "distance": 1.0}}]
+    rows = {r[0]: r[3] for r in switches.rows({"columns": made, "quick": False})}
+    assert rows[ours.OURS] == "0.67x the time" and rows[switches.AGAIN] == "1.33x the time" and rows[switches.PLAIN] == "2.00x the time"

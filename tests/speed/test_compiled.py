@@ -111,3 +111,12 @@ def test_kernels_that_give_other_numbers_are_not_used_and_a_library_is_compiled_
     made = library.stat().st_mtime_ns
     compiled.kernels.cache_clear()
     assert compiled.kernels() is None and library.stat().st_mtime_ns == made
+
+
+@needs
+@pytest.mark.parametrize("damage", [b"no library", b""])
+def test_a_damaged_library_in_the_cache_is_made_anew(afresh, damage):
+    made = compiled._library()
+    made.write_bytes(damage)
+    assert compiled.kernels() is not None
+    assert made.stat().st_size > 1000 and list(made.parent.iterdir()) == [made]

@@ -131,10 +131,9 @@ class Kernels(RowKernels):
 def kernels() -> Kernels | None:
     """The kernels of this machine, or None; compiled where they are not in the cache yet."""
     try:
-        library = _library()
-        if library is None:
+        found = _loaded()
+        if found is None:
             return None
-        found = Kernels(ctypes.CDLL(str(library)))
         failing = wrong(found)
     except (OSError, subprocess.SubprocessError, AttributeError) as e:
         log.info("row kernels are not used: %s", str(e).splitlines()[0] if str(e) else type(e).__name__)
@@ -143,6 +142,21 @@ def kernels() -> Kernels | None:
         log.warning("row kernels are not used: %s gives other numbers than torch on this machine", failing)
         return None
     return found
+
+
+def _loaded() -> Kernels | None:
+    """The library, loaded; one in the cache that cannot be is made anew, once."""
+    for last in (False, True):
+        library = _library()
+        if library is None:
+            return None
+        try:
+            return Kernels(ctypes.CDLL(str(library)))
+        except (OSError, AttributeError):
+            if last:
+                raise
+            library.unlink(missing_ok=True)
+    raise AssertionError
 
 
 def _compiler() -> str | None:
