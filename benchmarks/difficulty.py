@@ -26,9 +26,8 @@ def main(argv: list[str] | None = None) -> int:
     a = parser.parse_args(argv)
     if "LUTHIER_DATA" not in os.environ:
         parser.error("LUTHIER_DATA does not name the folder of real data (with data/e2e in it)")
-    from luthier.forgetting.forgetting.difficulty import losses
-
     from luthier import opening
+    from luthier.forgetting.difficulty import losses
     from luthier.measuring.measure import group
     from luthier.reading import form_of, read_data
     from luthier.references import logps

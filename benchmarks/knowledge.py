@@ -109,10 +109,9 @@ def teach(task: dict[str, Any]) -> dict[str, Any]:
 
 def probe(task: dict[str, Any]) -> dict[str, Any]:
     """Ask the taught model all facts, relation by relation."""
-    from luthier.forgetting.forgetting.knowledge import Asking, Probe, Report
-
     from luthier import opening
     from luthier.data.facts import Fact, pattern_of
+    from luthier.forgetting.knowledge import Asking, Probe, Report
 
     policy = opening.load(work() / "taught")
     rows, every = [], []

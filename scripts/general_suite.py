@@ -14,10 +14,9 @@ import argparse
 import json
 from pathlib import Path
 
-from luthier.forgetting.forgetting.retention import ASSETS, is_right, read_facts
-
 from luthier import load
 from luthier.data.codec import Codec
+from luthier.forgetting.retention import ASSETS, is_right, read_facts
 from luthier.policy import Policy
 
 SEED, TOKENS = 0, 64

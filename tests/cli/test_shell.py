@@ -191,6 +191,6 @@ def test_a_matrix_product_is_measured_in_operations_per_second():
 
 
 def test_public_names_are_what_they_say_in_whatever_order_they_are_imported():
-    code = "import luthier.session, luthier; assert callable(luthier.train) and luthier.Run(method='lora').method.rank == 8; luthier.nosuch"
+    code = "import luthier.running.session, luthier; assert callable(luthier.train) and luthier.Run(method='lora').method.rank == 8; luthier.nosuch"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env={**os.environ})
     assert "module 'luthier' has no attribute 'nosuch'; it has Batch, Loss, Policy, Run, " in done.stderr

@@ -5,11 +5,11 @@ import random
 import shutil
 
 import pytest
-from luthier.forgetting.forgetting.alarms import FORGETTING, OVERFITTING, Alarms
 
 import tiny
 from luthier.cli import main
 from luthier.core import LuthierError
+from luthier.forgetting.alarms import FORGETTING, OVERFITTING, Alarms
 from luthier.measuring.evaluate import Losses, Score
 from luthier.measuring.measure import GENERAL, Mean, Measures
 from luthier.running.progress import Reporter

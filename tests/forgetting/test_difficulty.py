@@ -7,13 +7,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from luthier.forgetting.forgetting.difficulty import drawn, losses
 
 import tiny
 from luthier import references
 from luthier.core import LuthierError, scored
 from luthier.core import next_token_batch as batch_of
 from luthier.data.prepare import Prepared
+from luthier.forgetting.difficulty import drawn, losses
 from luthier.methods.lora import Method as Lora
 from luthier.policy import Policy
 from luthier.running.progress import Reporter

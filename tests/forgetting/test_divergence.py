@@ -4,10 +4,10 @@ from itertools import pairwise
 
 import pytest
 import torch
-from luthier.forgetting.forgetting.divergence import Moved
 
 import small
 import tiny
+from luthier.forgetting.divergence import Moved
 from luthier.nn.kl import coarse, coarse_divergence
 from luthier.objectives import masked_text, text
 from luthier.policy import Policy

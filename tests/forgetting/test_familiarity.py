@@ -4,11 +4,11 @@ import json
 import random
 
 import pytest
-from luthier.forgetting.forgetting.familiarity import Watch
 
 import tiny
 from luthier.core import LuthierError
 from luthier.data.known import CATEGORIES
+from luthier.forgetting.familiarity import Watch
 from luthier.running.starting import execute
 from luthier.settings.config import load_run
 from tinyruns import Said
@@ -92,10 +92,9 @@ def test_the_losses_are_those_of_the_rows_one_by_one(home, tmp_path):
 
 
 def test_a_row_is_right_by_any_of_its_answers(home):
-    from luthier.forgetting.forgetting.familiarity import Familiarity
-
     from luthier import opening
     from luthier.data.prepare import prepare
+    from luthier.forgetting.familiarity import Familiarity
 
     policy = opening.load(home / "base", precision="float32")
     prepared = prepare([str(home / "train.jsonl")], policy.base.tokenizer, renders="chat", max_tokens=500, validation_share=0.0, say=lambda _: None)
@@ -167,7 +166,7 @@ def test_too_few_held_out_known_rows_say_nothing():
 
 def planted(monkeypatch):
     """The evaluations of a run that memorises and forgets, whatever it trains."""
-    from luthier.forgetting.forgetting.familiarity import Familiarity
+    from luthier.forgetting.familiarity import Familiarity
 
     todo = iter(evaluations((0, 0.9), (0.5, 0.4), (0.6, 0.4), (0.7, 0.3)))
     only = lambda some: {k: v for k, v in some.items() if k in ("trained_Unknown", "held_out_HighlyKnown", "held_out_MaybeKnown")}  # noqa: E731

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from luthier.forgetting.forgetting.keeping import Kept, from_before
 
 import tiny
 from luthier.core import IGNORE, Batch, Segments
+from luthier.forgetting.keeping import Kept, from_before
 from luthier.methods.full import Method as Full
 from luthier.methods.lora import Method as Lora
 from luthier.methods.partial import Method as Partial

@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from luthier.forgetting.forgetting.knowledge import Asking, Probe, Report
 
 import tiny
 from luthier.core import LuthierError, Rollout
 from luthier.data.facts import Fact, pattern_of
-from luthier.forgetting.forgetting import knowledge
+from luthier.forgetting import knowledge
+from luthier.forgetting.knowledge import Asking, Probe, Report
 from luthier.policy import Policy
 
 

@@ -5,7 +5,7 @@ import torch
 
 import tiny
 from luthier.core import Incompatible
-from luthier.forgetting.forgetting import l2sp
+from luthier.forgetting import l2sp
 from luthier.methods.adapter import Method as Adapter
 from luthier.methods.diff_pruning import Method as Pruning
 from luthier.methods.dora import Method as Dora

@@ -5,13 +5,13 @@ import random
 
 import numpy as np
 import pytest
-from luthier.forgetting.forgetting.retention import ASSETS, LEAST, Fact, Suite, is_right, read_facts
 
 import small
 import tiny
 from luthier import build, load
 from luthier.core import LuthierError
 from luthier.data.codec import Codec
+from luthier.forgetting.retention import ASSETS, LEAST, Fact, Suite, is_right, read_facts
 from luthier.measuring.measure import Measures, Scorer
 from luthier.reading import form_of, read_data
 from luthier.running.progress import Reporter

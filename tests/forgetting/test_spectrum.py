@@ -5,13 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from luthier.forgetting.forgetting.spectrum import common_rank, learned, table
 from safetensors.torch import load_file, save_file
 
 import tiny
 from luthier.build import load
 from luthier.cli import main
 from luthier.core import LuthierError
+from luthier.forgetting.spectrum import common_rank, learned, table
 from luthier.hub import fingerprint
 from luthier.methods.dora import Method as Dora
 from luthier.methods.full import Method as Full

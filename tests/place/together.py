@@ -12,7 +12,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from luthier.forgetting.forgetting.divergence import Moved
 
 import ranks
 import sampled
@@ -20,6 +19,7 @@ import tiny
 from luthier import references
 from luthier.core import spread, spread_answers
 from luthier.data.feed import Batches
+from luthier.forgetting.divergence import Moved
 from luthier.measuring import measure
 from luthier.measuring.evaluate import loss_on
 from luthier.optim import Optimizer

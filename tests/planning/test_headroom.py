@@ -90,7 +90,7 @@ def test_a_ceiling_that_is_passed_halves_the_micro_batches_and_says_by_how_much(
     monkeypatch.setattr(fitting, "fitted", lambda run, planner, **how: (run, []))  # a prediction that was too low
     told = Said()
     execute(settings(home, tmp_path / "a", "place.memory=100MB", "optim.micro_tokens=300"), reporter=told)
-    assert [w for w in told.warnings if "were taken where place.memory is 100.0 MB: micro-batches are of 150 tokens" in w] and len(told.warnings) == 1
+    assert [w for w in told.warnings if "were taken where place.memory is 100 MB: micro-batches are of 150 tokens" in w] and len(told.warnings) == 1
 
 
 def test_both_parts_of_a_feed_are_halved_and_what_has_no_micro_batches_is_refused():

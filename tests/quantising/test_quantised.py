@@ -192,7 +192,7 @@ PEAK = """
 import sys, threading, time
 from pathlib import Path
 from transformers import AutoConfig, AutoModelForCausalLM
-from luthier import quantised
+from luthier.quantising import quantised
 from luthier.settings.plugins import plugin
 
 def anonymous():

@@ -139,11 +139,11 @@ def _count(run: Run, reporter: Reporter) -> None:
     import torch
 
     from .. import build
-    from ..forgetting import difficulty, forgetting
+    from ..forgetting import against, difficulty
     from ..planning.microbatch import lacks_labels, with_labels
 
     run, _ = build.resolve(run)
-    forgetting.check(run)
+    against.check(run)
     difficulty.check(run)
     if lacks_labels(run.objective):
         run = replace(run, objective=with_labels(run.objective))

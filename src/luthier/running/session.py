@@ -36,7 +36,7 @@ from ..errors import Interrupted
 from ..feedback import rollouts
 from ..feedback.rewards import Judge
 from ..feedback.rollouts import Watch
-from ..forgetting import difficulty, forgetting
+from ..forgetting import against, difficulty
 from ..forgetting.alarms import Alarm, Alarms
 from ..forgetting.familiarity import Familiarity
 from ..forgetting.retention import Suite
@@ -97,7 +97,7 @@ class Session:
         self.watch = Watch()
         tick = lambda done, of: self.say.tick("difficulty of rows", done, of)  # noqa: E731
         self.drawn = difficulty.drawn(run, self.policy, prepared, packed=self.packed, say=say.note, tick=tick)
-        self.against = forgetting.Against.of(run, self.policy, self.objective, prepared.train, packed=self.packed, say=say.note, tick=say.tick)
+        self.against = against.Against.of(run, self.policy, self.objective, prepared.train, packed=self.packed, say=say.note, tick=say.tick)
         self.feed = self._feed(run)
         if self.packed and base.shares and self.judge is None and prepared.train:
             some = self.objective.collate(prepared.train[:SOME], pad=base.tokenizer.pad_token_id or 0, packed=True)
@@ -411,7 +411,7 @@ class Session:
         if self.mixture is not None:
             facts["mixture"] = {name: asdict(s) for name, s in self.mixture.so_far().items()}
             self.say.mixture(f"the mixture after {p.step} steps:", self.mixture.so_far())
-        if replayed := forgetting.replayed(self.feed):
+        if replayed := against.replayed(self.feed):
             facts["replayed"] = replayed
         facts["alarms"] = [asdict(a) for a in self.alarms.raised]
         if self.place.size > 1:
@@ -514,7 +514,7 @@ class Session:
             peak_bytes(self.run.place.device),
             self._best(),
             self.stopped,
-            forgetting.replayed(self.feed),
+            against.replayed(self.feed),
             self.alarms.raised,
         )
 

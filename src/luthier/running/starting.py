@@ -14,7 +14,7 @@ from .. import build
 from ..core import LuthierError
 from ..data.prepare import Prepared
 from ..devices.launched import launched
-from ..forgetting import difficulty, forgetting
+from ..forgetting import against, difficulty
 from ..modelling import context, vocabulary
 from ..modelling.anatomy import numbers
 from ..planning import fitting
@@ -55,7 +55,7 @@ def execute(
             resume, (run, _) = begun, build.resolve(config.load_run(begun / "run.yaml"))
     for note in notes:
         say.note(note)
-    forgetting.check(run)
+    against.check(run)
     difficulty.check(run)
     context.check(run)
     state = _state(run, resume, accept_changes, say)

@@ -17,7 +17,7 @@ from ..core import Base, LuthierError
 from ..data.prepare import Prepared
 from ..data.sources import files_of
 from ..feedback import rewards
-from ..forgetting import difficulty, forgetting
+from ..forgetting import against, difficulty
 from ..hub import fingerprint, locate
 from ..modelling import vocabulary
 from ..planning.microbatch import lacks_labels, with_labels
@@ -167,7 +167,7 @@ def _check_start(stages: Stages, tried: Tried, made: Made) -> None:
     stage, run, base = tried.stage, tried.run, tried.base
     if serves := getattr(run.objective, "serves", None):
         serves(form_of(base).kind)
-    forgetting.check(run)
+    against.check(run)
     difficulty.check(run)
     if base.tokenizer is None:
         build.load_tokenizer(run.model)  # says what is missing

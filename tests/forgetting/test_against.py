@@ -4,13 +4,13 @@ import json
 import shutil
 
 import pytest
-from luthier.forgetting.forgetting.replaying import written_by_base
 from safetensors.torch import load_file
 
 import tiny
 from luthier import build
 from luthier.cli import main
 from luthier.core import LuthierError, next_token_batch, scored
+from luthier.forgetting.replaying import written_by_base
 from luthier.running.progress import Reporter
 from luthier.running.starting import execute
 from luthier.settings.config import load_run
