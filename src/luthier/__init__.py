@@ -40,8 +40,12 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'luthier' has no attribute {name!r}; it has {', '.join(__all__)}")
     from importlib import import_module
 
+    from .heap import loading
+
     module, attribute = _HOME[name]
-    globals()[name] = found = getattr(import_module(f"{__name__}.{module}"), attribute)
+    with loading():
+        home = import_module(f"{__name__}.{module}")
+    globals()[name] = found = getattr(home, attribute)
     return found
 
 

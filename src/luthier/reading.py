@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from .core import Base, LuthierError
@@ -13,6 +14,7 @@ from .data.kept import prepare_or_read
 from .data.mixing import Drawn, Mixture, Rows, rates
 from .data.prepare import DECODER, Prepared
 from .data.rows import Form
+from .data.sources import files_of
 from .data.streaming import Streamed
 from .modelling.context import splitting
 from .settings.mix import Mix, Source
@@ -26,14 +28,22 @@ def form_of(base: Base) -> Form:
     return Form(kind=base.anatomy.kind, start=base.anatomy.decoder_start, token_types=base.anatomy.kind == "encoder" and two)
 
 
+def look(run: Run) -> None:
+    """Raise LuthierError where a file of the data is not there, is empty or is of no known kind: before a model is opened, which may take a minute."""
+    if not run.data.files:
+        raise LuthierError("data.train: names no file; say luthier train FILE, or data.train=FILE")
+    for source in (*run.data.files, *run.data.held_out):
+        if not Path(source).expanduser().is_dir():  # what a folder holds of a split is seen when it is read
+            files_of(source)
+
+
 def read_data(run: Run, tokenizer: Any, *, positions: int, say: Callable[[str], None], form: Form = DECODER) -> Prepared:
     """Read, render and divide what ``data`` names. ``positions``: how many tokens the model can see; ``say`` gets what was found, line by line.
 
     ``form``: what kind of model the rows are for. Raises Incompatible where the objective does not serve that kind.
     """
+    look(run)
     d = run.data
-    if not d.files:
-        raise LuthierError("data.train: names no file; say luthier train FILE, or data.train=FILE")
     if d.mix is None and run.objective.renders == "mixed":
         raise LuthierError("objective: multitask learns the sources of data.mix, and there is none; name them, or set the objective of one task")
     if serves := getattr(run.objective, "serves", None):

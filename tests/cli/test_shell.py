@@ -190,6 +190,28 @@ def test_a_matrix_product_is_measured_in_operations_per_second():
     assert 1e8 < gemm(torch.float32, torch.device("cpu"), size=256, seconds=0.02) < 1e14
 
 
+def test_every_verb_that_brings_torch_says_that_it_is_heavy():
+    folder = Path(cli.__file__).parent
+    light = {str(p.relative_to(folder)) for p in folder.rglob("[!_]*.py") if not re.search(r"^ +heavy\(", p.read_text(), re.M)}
+    assert light == {
+        "doctor.py",
+        "export.py",  # merge's
+        "import_config.py",
+        "data/cache.py",
+        "runs/diff.py",
+        "runs/finding.py",
+        "runs/listing.py",
+        "runs/show.py",
+    }
+
+
+def test_the_program_looks_for_garbage_once_it_is_loaded_and_a_caller_s_process_always():
+    code = "import gc, sys, luthier.cli as c; gc.disable(); c.heavy('core'); assert gc.isenabled() and gc.get_freeze_count() > 1000"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    code = "import gc, luthier.cli as c; c.main(['kinds']); c.heavy('core'); assert gc.isenabled() and not gc.get_freeze_count()"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, stdout=subprocess.DEVNULL)
+
+
 def test_public_names_are_what_they_say_in_whatever_order_they_are_imported():
     code = "import luthier.running.session, luthier; assert callable(luthier.train) and luthier.Run(method='lora').method.rank == 8; luthier.nosuch"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env={**os.environ})

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import forked
 import tiny
+from luthier import build
 from luthier.cli import main
 from luthier.core import LuthierError
 from luthier.running.starting import execute
@@ -156,6 +157,14 @@ def test_a_damaged_checkpoint_is_one_sentence(home, tmp_path):
     newest.write_bytes(newest.read_bytes()[:200])
     with pytest.raises(LuthierError, match="damaged.*delete .*step-8 to go on from the checkpoint before it"):
         checkpoint.newest(tmp_path / "r")
+
+
+def test_data_that_is_not_there_is_said_before_a_model_is_opened(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "open_base", lambda run: pytest.fail("a model was opened"))
+    with pytest.raises(LuthierError, match=r"dat\.jsonl: no such file or folder\. Did you mean .*data\.jsonl"):
+        execute(settings(home, tmp_path, data="dat.jsonl"), reporter=QUIET)
+    with pytest.raises(LuthierError, match=r"held\.jsonl: no such file or folder"):
+        execute(settings(home, tmp_path, f"data.validation={home / 'held.jsonl'}"), reporter=QUIET)
 
 
 def test_nothing_half_written_stays_when_a_run_cannot_start(home, tmp_path):

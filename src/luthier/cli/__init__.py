@@ -6,6 +6,7 @@ turns whatever goes wrong into one sentence: 2 where the user can put it right, 
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from importlib import import_module
@@ -14,6 +15,7 @@ from typing import Any, NoReturn
 
 from .. import __version__
 from ..errors import Interrupted
+from ..heap import loading
 
 VERBS = {  # written here, so that --help imports nothing
     "demo": "Fine-tune the embedded model on a small task, and say what was gained: the whole program in three minutes.",
@@ -40,6 +42,8 @@ WITH_SETTINGS = ("train", "plan", "advise", "compare")  # verbs that take key=va
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    if argv is None:  # the program, whose verbs are short or say when they are `heavy`: the garbage of a start is not worth looking for
+        gc.disable()
     args = list(sys.argv[1:] if argv is None else argv)
     debug = os.environ.get("LUTHIER_DEBUG", "0") not in ("", "0") or "--debug" in args
     args = [a for a in args if a != "--debug"]
@@ -59,6 +63,9 @@ def main(argv: list[str] | None = None) -> int:
         if sentence is not None:
             return _say(sentence, 2)
         return _say(f"unexpected {type(e).__name__}: {_first_line(e)}; the trace is in {_trace(args)}, please report it (--debug prints it)", 1)
+    finally:
+        if argv is None:
+            gc.freeze()  # a process that ends looks once more through all there is, for a second
 
 
 def verbs() -> dict[str, str]:
@@ -85,8 +92,8 @@ def _dispatch(args: list[str]) -> int:
 
 
 def _run(verb: str, args: list[str]) -> int:
-    import typer
-
+    with loading():
+        import typer
     module = import_module(f".{_module(verb)}", __name__)
     app = getattr(module, "app", None)
     if app is None:
@@ -104,6 +111,19 @@ def _run(verb: str, args: list[str]) -> int:
     if code == 130:
         return _say("interrupted", 130)
     return code if isinstance(code, int) else 0
+
+
+def heavy(*modules: str) -> None:
+    """Import these modules of ours, which bring torch and transformers; what a verb imports of them is there then.
+
+    Python looks for garbage from here on, and not among what was loaded: every look through that takes a tenth of a second or more.
+    """
+    with loading():
+        for module in modules:
+            import_module(f"..{module}", __name__)
+    if not gc.isenabled():  # the program
+        gc.freeze()
+        gc.enable()
 
 
 def _help() -> str:

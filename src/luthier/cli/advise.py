@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..amounts import clock, seconds, size
+from . import heavy
 from .train import asked
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def command(
         raise ConfigError(f"--out {out}: is there already; choose another name")
     run, guessed = _run(what or [], model, objective)
 
+    heavy("build")
     from .. import build
     from ..planning import advising
     from ..planning.fitting import Planner

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from . import heavy
+
 
 def command(
     what: Annotated[str, typer.Argument(help="fiddle, a model folder, a Hub id, an adapter or a run's folder.")] = "fiddle",
@@ -20,6 +22,7 @@ def command(
     use: Annotated[str | None, typer.Option(help="What answers at first: a name, a+b for a stack, none. Default: the first argument's.")] = None,
 ) -> None:
     """Talk: /base switches the adapter off and on, /use NAME takes another, /reset forgets the conversation, /exit (or Ctrl-D) ends."""
+    heavy("opening")
     from ..data.render import render_prompt, stop_ids
     from ..errors import LuthierError
     from ..generating.prepacked import products

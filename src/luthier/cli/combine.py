@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from . import heavy
+
 
 def command(
     parts: Annotated[list[str], typer.Argument(metavar="FOLDER=WEIGHT ...", help="Adapters' or runs' folders with their weights: runs/formal=0.7.")],
@@ -19,6 +21,7 @@ def command(
     seed: Annotated[int, typer.Option(min=0, help="Of dare: what is dropped.")] = 0,
 ) -> None:
     """Combine: `luthier combine runs/formal=0.7 runs/short=0.3 --to both/`; the result is an adapter like any other."""
+    heavy("saving.combining")
     from ..errors import LuthierError
     from ..saving.combining import combine
 

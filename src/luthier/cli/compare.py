@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from . import heavy
 from .train import asked as sorted_out
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def command(
         raise ConfigError("--csv and --latex: one at a time on the screen; both files are written anyway")
     if equal not in ("tokens", "time"):
         raise ConfigError(f"--equal {equal}: accepted are tokens and time")
+    heavy("comparing.compare")
     from ..comparing.compare import compare, show
 
     if resume is not None:

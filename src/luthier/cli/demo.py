@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from . import heavy
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -22,6 +24,7 @@ def command(
     rows: Annotated[int, typer.Option(min=1, help="Held-out rows answered before and after.")] = 100,
 ) -> None:
     """Demo: teach fiddle, the embedded base, to write up a workshop's notes as sentences, with LoRA, and say what was gained and what was forgotten."""
+    heavy("running.starting")
     from ..running.progress import Reporter
     from ..running.starting import execute
     from ..settings.config import load_run

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from . import heavy
+
 if TYPE_CHECKING:
     from ..evaluating.evaluation import Asked, Found, Opening
     from ..evaluating.scoreboard import Board
@@ -63,6 +65,7 @@ def command(
     harness_tasks: Annotated[Path | None, typer.Option(help="With --harness: a folder of task files of your own.")] = None,
 ) -> None:
     """Evaluate: every score with its count and a 95 % interval. `luthier eval runs/NAME --data test.jsonl --task bleu --by length --against runs/OTHER`."""
+    heavy("evaluating.evaluation")
     from ..evaluating.evaluation import Asked, Opening
     from ..opening import named
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from . import heavy
+
 if TYPE_CHECKING:
     from ..policy import Policy
 
@@ -59,6 +61,7 @@ def command(
 
 def _opened(what: str, model: str | None, precision: str, adapters: list[str], use: str | None, engine: str) -> Policy:
     """The model that answers: a policy, or an engine that answers as one."""
+    heavy("opening")
     from ..errors import LuthierError
     from ..measuring.measure import can_write
 

@@ -11,6 +11,7 @@ import typer
 from ..errors import ConfigError
 from ..settings.names import nearest
 from ..settings.plugins import AXES, first_line, folder, kinds
+from . import heavy
 
 
 def command(
@@ -49,6 +50,7 @@ def command(
 
 def _check(path: Path) -> int:
     """Print every contract; 1 where one does not hold."""
+    heavy("checking")
     from .. import checking
     from ..settings.plugins import is_path, plugin
 

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from . import heavy
+
 CODES = ("nf4", "int8", "gptq")
 
 
@@ -35,6 +37,7 @@ def merged(
     adapter: Path, output: Path, model: str | None, dtype: str, *, into: str = "trained", quantize: str | None = None, data: list[str] | None = None
 ) -> None:
     """Merge and say what was compared."""
+    heavy("opening")
     from ..errors import LuthierError
     from ..opening import load
 

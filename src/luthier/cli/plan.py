@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..amounts import clock, seconds, size
+from . import heavy
 from .train import asked
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def command(
     else:
         run = load_run(file, settings)
 
+    heavy("build")
     from .. import build
     from ..planning.fitting import Planner, fitted
     from ..planning.foresight import as_long

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from . import heavy
+
 if TYPE_CHECKING:
     from ..data.labels import Labelled
     from ..data.preferences import Judged
@@ -38,6 +40,7 @@ def command(
     part: Annotated[str | None, typer.Option(help="Of a model that learned several tasks (objective: multitask): which of them.")] = None,
 ) -> None:
     """Predict: `luthier predict runs/NAME texts.txt`, or `echo "a fine film" | luthier predict runs/NAME`."""
+    heavy("opening")
     from ..errors import LuthierError
     from ..measuring.measure import learned
     from ..opening import load

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from . import heavy
+
 if TYPE_CHECKING:
     from ..core import Base, Objective, Row
     from ..measuring.measure import Mean
@@ -46,6 +48,7 @@ def command(
     seed: Annotated[int, typer.Option(min=0, help="Draws the calibration rows.")] = 0,
 ) -> None:
     """Quantise: `luthier quantize MODEL --calibrate text.txt --output FOLDER`. The folder is read here and by what else reads such codes."""
+    heavy("quantising.calibrating")
     from ..running.progress import Reporter
 
     given: dict[str, Any] = {

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from . import heavy
+
 if TYPE_CHECKING:
     from ..policy import Policy
     from ..running.progress import Reporter
@@ -55,6 +57,7 @@ def command(
             raise ConfigError(f"{resume}: no run.yaml here, so it is no run folder; runs are in runs/")
     run = load_run(file, settings)
 
+    heavy("running.starting")
     from ..devices.launched import launched
     from ..running.progress import Reporter
 
@@ -93,6 +96,7 @@ def _train_stages(file: str, settings: list[str], resume: Path | None, stage: st
     if dry_run:
         _count_stages(stages, stage, reporter)
         return
+    heavy("staging.relay")
     from ..staging import overview
     from ..staging.ledger import Ledger
     from ..staging.relay import train_stages

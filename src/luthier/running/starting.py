@@ -20,7 +20,7 @@ from ..modelling.anatomy import numbers
 from ..planning import fitting
 from ..planning.foresight import as_long
 from ..planning.memory import resident
-from ..reading import fitted, form_of, read_data
+from ..reading import fitted, form_of, look, read_data
 from ..report import recording
 from ..saving import checkpoint, elastic
 from ..settings import config
@@ -59,6 +59,8 @@ def execute(
     difficulty.check(run)
     context.check(run)
     state = _state(run, resume, accept_changes, say)
+    if read is read_data:
+        look(run)
     build.seed_everything(run.seed)  # random weights are drawn while the model is made
     if run.place.ceiling is not None and getattr(run.precision, "resident", "") == "auto":
         run = replace(run, precision=replace(run.precision, resident="no"))

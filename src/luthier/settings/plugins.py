@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import ConfigError
+from ..heap import loading
 from .names import nearest
 
 AXES = {"methods": "Method", "objectives": "Objective", "precision": "Precision", "place": "Place", "tasks": "Task"}
@@ -86,7 +87,9 @@ def plugin(package: str, kind: str, *, files: bool = False) -> type:
     """
     name = AXES[package]
     if kind in kinds(package):
-        return _class_in(importlib.import_module(f"{OURS}.{package}.{kind}"), name, kind)
+        with loading():
+            module = importlib.import_module(f"{OURS}.{package}.{kind}")
+        return _class_in(module, name, kind)
     if is_path(kind):
         if not files:
             raise ConfigError(f"{kind!r}: a Python file is only run where your own run file or command line names it; accepted are {', '.join(kinds(package))}")

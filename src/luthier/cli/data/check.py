@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .. import heavy
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -87,6 +89,7 @@ def _inspection(
     what: Sequence[str], model: str, objective: str, held: dict[str, list[str] | None], near: float, ngram: int
 ) -> Inspection:  # fmt: skip
     """What is to be looked at, and how rows are made of it."""
+    heavy("build")
     from ...build import load, load_tokenizer
     from ...data.inspection import Inspection
     from ...data.prepare import Reader

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from .. import heavy
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -61,6 +63,7 @@ def command(
     """AI feedback: `luthier data judge runs/NAME prompts.jsonl --endpoint http://127.0.0.1:8000/v1 --principle "Choose ..." --output preferences.jsonl`."""
     from rich.console import Console
 
+    heavy("feedback.collecting")
     from ...data.collected import Collected
     from ...feedback.collecting import Ahead, Sampling, asked_of, in_turn, left_to_do, opened, some
     from ...feedback.judging import Judge, Tally, judge_all

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from .. import heavy
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -56,6 +58,7 @@ def command(
     """What the model knows, by SliCK (Gekhman et al., 2024): `luthier data knowledge QA.jsonl --model runs/NAME --out known.jsonl`."""
     from rich.console import Console
 
+    heavy("feedback.collecting")
     from ...data.facts import read_facts, read_patterns
     from ...data.known import caps_of, named
     from ...errors import Interrupted, LuthierError

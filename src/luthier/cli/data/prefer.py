@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .. import heavy
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
@@ -55,6 +57,7 @@ def command(
     """Rank a model's answers: `luthier data prefer runs/NAME prompts.jsonl --output preferences.jsonl`. ? at the first question says what can be typed."""
     from rich.console import Console
 
+    heavy("feedback.collecting")
     from ...data.collected import Collected
     from ...feedback.collecting import Ahead, Sampling, asked_of, in_turn, left_to_do, opened
 

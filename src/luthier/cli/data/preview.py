@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from .. import heavy
+
 
 def command(
     file: Annotated[str, typer.Argument(metavar="DATA", help="A file, a folder, or a Hub data set id.")],
@@ -20,6 +22,7 @@ def command(
     from rich.console import Console
     from rich.text import Text
 
+    heavy("build")
     from ...build import load, load_tokenizer
     from ...core import LuthierError
     from ...data.preview import show

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from .. import heavy
 from .finding import folder
 
 
@@ -43,6 +44,7 @@ def _predict(run: object) -> None:
     from dataclasses import replace
     from pathlib import Path
 
+    heavy("planning.foresight")
     from ... import build
     from ...errors import LuthierError
     from ...planning.foresight import add_memory

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from .. import heavy
 from .finding import table
 
 
@@ -19,6 +20,7 @@ def command(
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Write every matrix with its singular values, as JSON.")] = None,
 ) -> None:
     """Of LoRA how much of its rank is used; of full fine-tuning which rank would have held the change."""
+    heavy("forgetting.spectrum")
     from ... import atomic
     from ...forgetting import spectrum
     from ...running.progress import LINE_EVERY, Reporter
