@@ -50,7 +50,7 @@ LAW: dict[str, set[str]] = {
     "saving": {"atomic", "core", "deltas", "devices", "modelling", "nn", "optim", "policy", "settings"},
     "remembered": {"core", "data", "measuring", "saving"} | PLUGINS,
     "voices": {"core", "modelling", "policy", "saving"},
-    "build": {"core", "devices", "hub", "modelling", "policy", "quantising", "saving", "speed", "voices"} | PLUGINS | RUN,
+    "build": {"core", "devices", "heap", "hub", "modelling", "policy", "quantising", "saving", "speed", "voices"} | PLUGINS | RUN,
     "opening": {"build", "core", "hub", "policy", "quantising", "remembered", "saving"} | PLUGINS | RUN,
     "checking": {"build", "core", "modelling", "nn", "optim", "policy", "train"} | PLUGINS,
     "report": {"amounts", "atomic", "core", "counts", "data", "modelling", "nn", "policy", "settings"},

@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as hf_logging
 
-from . import speed, voices
+from . import heap, speed, voices
 from .core import Base, Incompatible, LuthierError, Method, Objective, Place, Precision
 from .devices.launched import launched
 from .devices.sharding import Sharding, sharding_of
@@ -35,6 +35,7 @@ from .saving import adapter
 from .settings.plugins import kind_of, plugin
 from .settings.run import Model, Run
 
+heap.keep_few_products()
 hf_logging.set_verbosity_error()
 hf_logging.disable_progress_bar()
 logging.getLogger("torch.distributed").setLevel(logging.ERROR)

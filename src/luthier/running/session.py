@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import __version__, atomic, build, counts, references, remembered
+from .. import __version__, atomic, build, counts, heap, references, remembered
 from ..amounts import size
 from ..core import LuthierError, Row
 from ..crafting import choose
@@ -226,6 +226,7 @@ class Session:
             return None
         found = foresee(self.run, self.prepared, self.feed, program=self.program)
         self.say.note(found.said())
+        heap.give_back()
         return found
 
     def _train(self, log: Log) -> None:
@@ -382,6 +383,7 @@ class Session:
         out = self.scorer.measure(tasks=tasks, say=self.say)
         if self.suite is not None:
             self.suite.measure(out, say=self.say)
+        heap.give_back()
         return out
 
     def _alarm(self, raised: list[Alarm], log: Log) -> None:
