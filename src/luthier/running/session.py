@@ -198,6 +198,7 @@ class Session:
                 self._familiar(0, log)
             self.alarms = Alarms(self.run, Measures.from_dict(self.progress.before))
             self.alarms.recall(self.progress.alarms)
+            heap.give_back()  # what predicting and measuring left; not after every evaluation, as steps would take all their pages anew
             if self.chooses:
                 self._choose(log)
             else:
@@ -226,7 +227,6 @@ class Session:
             return None
         found = foresee(self.run, self.prepared, self.feed, program=self.program)
         self.say.note(found.said())
-        heap.give_back()
         return found
 
     def _train(self, log: Log) -> None:
@@ -383,7 +383,6 @@ class Session:
         out = self.scorer.measure(tasks=tasks, say=self.say)
         if self.suite is not None:
             self.suite.measure(out, say=self.say)
-        heap.give_back()
         return out
 
     def _alarm(self, raised: list[Alarm], log: Log) -> None:
