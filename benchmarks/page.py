@@ -55,7 +55,7 @@ def markdown(document: dict[str, Any]) -> str:
     if tried := document.get("ab"):
         parts += [
             "## Each switch by itself",
-            switches.HOW,
+            switches.how(tried),
             *(text for r in tried for text in (what(r), _machine(r["date"], r["machine"]), tabled(switches.rows(r)))),
         ]
     for result in results:

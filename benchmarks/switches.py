@@ -33,6 +33,12 @@ def variants(work: Workload) -> dict[str, dict[str, Any]]:
     return out | {AGAIN: base} if len(out) > 1 else out
 
 
+def how(results: list[dict[str, Any]]) -> str:
+    """What is to be known of the tables."""
+    again = all(AGAIN in r["columns"] for r in results)
+    return HOW if again else "Ours was run once, first: a switch that does nothing in a row shows how large the noise is, up to a fifth where steps are short."
+
+
 def plain() -> dict[str, Any] | None:
     """The settings of `speed` with everything off; None where this version has no such section."""
     return {name: next((c for c in choices if c in OFF), value) for name, (value, choices) in _fields().items()} or None
@@ -60,7 +66,7 @@ def said(value: Any) -> str:
 
 def rows(result: dict[str, Any]) -> report.Rows:
     """Header and rows: every column against the mean of ours as it comes, first and last."""
-    out = [["A/B", "step, median, s", "step, min, s", "against both of ours", "peak RSS, MiB", "distance", "step 1"]]
+    out = [["A/B", "step, median, s", "step, min, s", "against ours", "peak RSS, MiB", "distance", "step 1"]]
     own = statistics.mean(mean(result["columns"][c], "step_median_s") for c in (ours.OURS, AGAIN) if c in result["columns"])
     for column, c in result["columns"].items():
         s = {k: mean(c, k) for k in ("step_median_s", "step_min_s", "peak_mib", "distance")}
